@@ -1,0 +1,290 @@
+//! The command line: clap types only. Help text is documentation; shell completions and man pages come from here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A whole CoreOS release as one container image that gives back every disk image bit for bit.
+#[derive(Debug, Parser)]
+#[command(name = "rehydrator", version, propagate_version = true)]
+pub struct Cli {
+    /// How progress is shown on stderr
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "HOW")]
+    pub progress: ProgressMode,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How progress is shown; always on stderr.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// Bars on a terminal, a line every few seconds otherwise
+    #[default]
+    Auto,
+    /// A line every few seconds
+    Plain,
+    /// One JSON object a line
+    Json,
+    /// Nothing
+    None,
+}
+
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs, reason = "the help text of each is on its arguments")]
+pub enum Command {
+    /// Make an image: get a release, dehydrate it, wrap it
+    #[command(subcommand)]
+    Build(Build),
+    /// Give back disk images, bit for bit
+    Rehydrate(Rehydrate),
+    /// Print the stream metadata, byte for byte as published
+    PrintStreamJson(Data),
+    /// List every artifact: architecture, platform, format, size, tier
+    List(List),
+    /// Look into a disk image: format, virtual size, partitions, file systems, platform id
+    Inspect(Inspect),
+    /// Check every blob and signature of a dehydrated directory
+    Verify(Verify),
+    /// Print shell completions
+    #[command(hide = true)]
+    Completions { shell: clap_complete::Shell },
+    /// Write man pages into a directory
+    #[command(hide = true)]
+    ManPages { dir: PathBuf },
+}
+
+/// Where the build happens.
+#[derive(Clone, Debug, Args)]
+pub struct Workdir {
+    /// Directory that holds stream.json, artifacts/ and dehydrated/
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub workdir: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs, reason = "the help text of each is on its arguments")]
+pub enum Build {
+    /// Fetch the stream metadata of a release
+    Init {
+        #[command(flatten)]
+        workdir: Workdir,
+        #[command(flatten)]
+        stream: StreamArgs,
+    },
+    /// Download what the stream metadata names, resumable, verified
+    Download {
+        #[command(flatten)]
+        workdir: Workdir,
+        #[command(flatten)]
+        download: DownloadArgs,
+    },
+    /// Reduce the downloaded artifacts to a dehydrated directory
+    Dehydrate {
+        #[command(flatten)]
+        workdir: Workdir,
+        #[command(flatten)]
+        dehydrate: DehydrateArgs,
+    },
+    /// Wrap the dehydrated directory and this program as a container image
+    Image {
+        #[command(flatten)]
+        workdir: Workdir,
+        #[command(flatten)]
+        image: ImageArgs,
+    },
+    /// Do it all: init, download, dehydrate, image, clean
+    Run {
+        #[command(flatten)]
+        workdir: Workdir,
+        #[command(flatten)]
+        stream: StreamArgs,
+        #[command(flatten)]
+        download: DownloadArgs,
+        #[command(flatten)]
+        dehydrate: DehydrateArgs,
+        #[command(flatten)]
+        image: ImageArgs,
+    },
+    /// Remove artifacts/ and dehydrated/
+    Clean {
+        #[command(flatten)]
+        workdir: Workdir,
+    },
+}
+
+/// Which stream.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct StreamArgs {
+    /// A known stream: fcos-stable, fcos-testing, fcos-next, rhcos-4.N
+    pub stream_id: Option<String>,
+    /// Fetch the stream metadata from here
+    #[arg(long, value_name = "URL")]
+    pub stream_url: Option<String>,
+    /// Read the stream metadata from a file
+    #[arg(long, value_name = "FILE")]
+    pub stream_file: Option<PathBuf>,
+}
+
+/// Options of `build download`.
+#[derive(Clone, Debug, Args)]
+pub struct DownloadArgs {
+    /// OpenPGP keys that may sign artifacts: a file or a directory of files; may be repeated. Without it, the keys
+    /// known for the stream
+    #[arg(long, value_name = "FILE")]
+    pub key: Vec<PathBuf>,
+    /// Check digests only, not signatures
+    #[arg(long)]
+    pub skip_signatures: bool,
+    /// Only these architectures [default: all of the stream]
+    #[arg(long = "arch", value_name = "ARCH")]
+    pub arch: Vec<String>,
+    /// How many files to download at once
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub parallel: usize,
+}
+
+/// How large and how fast.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Profile {
+    /// The base disk is made of the files of the live rootfs: the smallest image
+    #[default]
+    Small,
+    /// The base disk is stored too: larger, and disks come out at the speed of zstd
+    Fast,
+}
+
+/// Options of `build dehydrate`.
+#[derive(Clone, Debug, Args)]
+pub struct DehydrateArgs {
+    /// Only these architectures [default: all of the stream]
+    #[arg(long = "arch", id = "dehydrate-arch", value_name = "ARCH")]
+    pub arch: Vec<String>,
+    /// Size against speed
+    #[arg(long, value_enum, default_value_t)]
+    pub profile: Profile,
+    /// Leave out artifacts that cannot be handled or are not there, instead of failing
+    #[arg(long)]
+    pub allow_unhandled: bool,
+    /// Memory to use at most, such as 2G [default: half of what the machine or the cgroup has]
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub memory: Option<u64>,
+}
+
+/// Options of `build image`.
+#[derive(Clone, Debug, Args)]
+pub struct ImageArgs {
+    /// Where the image goes: oci:DIR[:TAG] or oci-archive:FILE[:TAG]
+    #[arg(short, long, value_name = "DEST")]
+    pub output: String,
+}
+
+/// Where a dehydrated directory is.
+#[derive(Clone, Debug, Args)]
+pub struct Data {
+    /// The dehydrated directory
+    #[arg(long, env = "REHYDRATOR_DATA", default_value = "/srv/dehydrated", value_name = "DIR")]
+    pub data: PathBuf,
+}
+
+/// Options of `rehydrate`.
+#[derive(Clone, Debug, Args)]
+pub struct Rehydrate {
+    /// Directory to write into, or - for stdout: one artifact as its bytes, several as a tar stream
+    pub dest: String,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub data: Data,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub which: Which,
+    /// Do not check digests while writing
+    #[arg(long)]
+    pub skip_validate: bool,
+    /// Replace files in the directory that differ
+    #[arg(long)]
+    pub force: bool,
+    /// Memory to use at most, such as 512M [default: a quarter of what the machine or the cgroup has, at least 256M]
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub memory: Option<u64>,
+}
+
+/// Which artifacts.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Which {
+    /// The disk image of a platform; may be repeated
+    #[arg(long, value_name = "PLATFORM")]
+    pub disk: Vec<String>,
+    /// The live ISO
+    #[arg(long)]
+    pub iso: bool,
+    /// The live PXE set: kernel, initramfs and rootfs
+    #[arg(long)]
+    pub pxe: bool,
+    /// Everything
+    #[arg(long)]
+    pub all: bool,
+    /// Target architecture [default: this machine's, or the only one there is]
+    #[arg(long)]
+    pub arch: Option<String>,
+}
+
+/// Options of `list`.
+#[derive(Clone, Debug, Args)]
+pub struct List {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub data: Data,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `inspect`.
+#[derive(Clone, Debug, Args)]
+pub struct Inspect {
+    /// A platform, the name of an artifact, or a file
+    pub what: String,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub data: Data,
+    /// Target architecture, for a platform [default: this machine's, or the only one there is]
+    #[arg(long)]
+    pub arch: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write the librsync delta of the artifact and its base into this directory, for `rdiff patch base delta`
+    #[arg(long, value_name = "DIR")]
+    pub extract: Option<PathBuf>,
+}
+
+/// Options of `verify`.
+#[derive(Clone, Debug, Args)]
+pub struct Verify {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub data: Data,
+    /// Rehydrate every artifact too, and check what comes out
+    #[arg(long)]
+    pub rehydrate: bool,
+}
+
+/// Parses `512M`, `2G`, `1048576`: binary multiples.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(format!("not a size: {text:?}")),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_shl(shift).filter(|m| m >> shift == n))
+        .ok_or_else(|| format!("not a size: {text:?}"))
+}

@@ -1,0 +1,111 @@
+//! Readers and writers that more than one module needs; each does one thing.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+
+use crate::source::Source;
+
+/// Zeros are found and skipped in pieces of this many bytes: the block size of the file systems we write to.
+pub const ZERO_BLOCK: usize = 4096;
+
+/// Whether all of `bytes` are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // In pieces of 64 bytes, which the compiler turns into vector instructions.
+    let (chunks, tail) = bytes.as_chunks::<64>();
+    chunks.iter().all(|c| c.iter().fold(0, |a, b| a | b) == 0) && tail.iter().all(|&b| b == 0)
+}
+
+/// Writes a regular file and leaves a hole wherever a whole aligned [`ZERO_BLOCK`] of zeros is written.
+pub struct SparseWriter {
+    file: File,
+    pos: u64,
+}
+
+impl SparseWriter {
+    /// Writes to `file`, which is empty, from its start.
+    pub fn new(file: File) -> Self {
+        Self { file, pos: 0 }
+    }
+
+    /// Leaves a hole of `len` bytes.
+    pub fn skip(&mut self, len: u64) {
+        self.pos += len;
+    }
+
+    /// Gives the file its full length, also where it ends in a hole, and returns it.
+    pub fn finish(self) -> io::Result<File> {
+        self.file.set_len(self.pos)?;
+        Ok(self.file)
+    }
+}
+
+impl Write for SparseWriter {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        use std::os::unix::fs::FileExt;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            // Up to the next block boundary, then by whole blocks of the same kind.
+            let first = (ZERO_BLOCK - (self.pos % ZERO_BLOCK as u64) as usize).min(rest.len());
+            let zero = is_zero(&rest[..first]);
+            let mut n = first;
+            while n < rest.len() {
+                let next = ZERO_BLOCK.min(rest.len() - n);
+                if is_zero(&rest[n..n + next]) != zero {
+                    break;
+                }
+                n += next;
+            }
+            if !zero {
+                self.file.write_all_at(&rest[..n], self.pos)?;
+            }
+            self.pos += n as u64;
+            rest = &rest[n..];
+        }
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads a source from start to end.
+pub struct SourceReader<'a> {
+    source: &'a dyn Source,
+    pos: u64,
+}
+
+impl<'a> SourceReader<'a> {
+    /// Starts at the first byte of `source`.
+    pub fn new(source: &'a dyn Source) -> Self {
+        Self { source, pos: 0 }
+    }
+}
+
+impl Read for SourceReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = (self.source.len() - self.pos).min(buf.len() as u64) as usize;
+        self.source.read_at(self.pos, &mut buf[..n])?;
+        self.pos += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for SourceReader<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(n) => Some(n),
+            SeekFrom::End(n) => self.source.len().checked_add_signed(n),
+            SeekFrom::Current(n) => self.pos.checked_add_signed(n),
+        };
+        self.pos = target
+            .map(|n| n.min(self.source.len()))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "seek before the start"))?;
+        Ok(self.pos)
+    }
+}
+
+/// An unnamed file in `dir` that is gone when it is closed.
+pub fn scratch_file(dir: &std::path::Path) -> io::Result<File> {
+    tempfile::tempfile_in(dir)
+}

@@ -1,0 +1,3 @@
+//! Parses the command line, and prints what went wrong.
+
+fn main() {}

@@ -1,0 +1,290 @@
+//! The index of a dehydrated directory: every artifact, and how each comes back out of the blobs.
+//!
+//! `docs/format.md` is the normative text; this is its shape in Rust. What is read is checked here once, so that the
+//! rest of the program can index `sources` and `blobs` without asking again.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+
+/// The format this program writes, and the only one it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB.
+pub const MAX_INDEX: u64 = 64 << 20;
+
+/// `index.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Index {
+    /// [`FORMAT_VERSION`]. A reader refuses a number it does not know before it looks at anything else.
+    pub format_version: u32,
+    /// Who wrote this, for people.
+    pub generator: String,
+    /// The stream document, `stream.json`.
+    pub stream: StreamFile,
+    /// Every artifact of the stream that is in here, in the order of the stream document.
+    pub artifacts: Vec<Artifact>,
+    /// Artifacts of the stream that are not in here, each with the reason; empty unless they were allowed to be.
+    #[serde(default)]
+    pub unhandled: Vec<Unhandled>,
+    /// What the artifacts are made of. A source refers only to sources before it.
+    pub sources: Vec<SourceSpec>,
+}
+
+/// The stream document as stored beside the index.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StreamFile {
+    /// The stream's own name, such as `stable`.
+    pub name: String,
+    /// The document, byte for byte as published.
+    #[serde(flatten)]
+    pub blob: Blob,
+}
+
+/// A file of known length and digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Blob {
+    /// Its digest, and its name under `blobs/sha256/`.
+    pub sha256: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// A named file of known length and digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedFile {
+    /// A single path component.
+    pub name: String,
+    /// What is in it.
+    #[serde(flatten)]
+    pub blob: Blob,
+}
+
+/// The form in which an artifact comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// The file as published, so that its signature verifies.
+    Published,
+    /// The file without its outer compression.
+    Uncompressed,
+}
+
+impl std::fmt::Display for Tier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Tier::Published => "published",
+            Tier::Uncompressed => "uncompressed",
+        })
+    }
+}
+
+/// One file of the stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Artifact {
+    /// Target architecture, as the stream document names it.
+    pub arch: String,
+    /// Platform, such as `openstack` or `metal`.
+    pub platform: String,
+    /// Format, such as `qcow2.xz`, `iso` or `pxe`.
+    pub format: String,
+    /// Which file of the format: `disk`, or `kernel`, `initramfs`, `rootfs` for `pxe`.
+    pub file: String,
+    /// The file as published.
+    pub published: NamedFile,
+    /// The file that comes out: what the stream metadata has a digest of, uncompressed where it names that.
+    pub output: NamedFile,
+    /// Which of the two forms comes back at most.
+    pub tier: Tier,
+    /// The source of the plain bytes: an index into [`Index::sources`].
+    pub source: usize,
+    /// The segment map that makes the output of the plain bytes; without one, they are the output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<Blob>,
+    /// Upstream's detached signature of the published file, `signatures/NAME.sig`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<Blob>,
+    /// Bytes of blobs that were added to the store for this artifact.
+    pub stored: u64,
+}
+
+impl Artifact {
+    /// A short name for messages: `openstack`, `metal iso`, `metal pxe rootfs`.
+    pub fn label(&self) -> String {
+        label(&self.platform, &self.format, &self.file)
+    }
+}
+
+/// A short name for messages: the platform where that says it all, `metal iso`, `metal pxe rootfs` otherwise.
+pub fn label(platform: &str, format: &str, file: &str) -> String {
+    match (platform, file) {
+        ("metal", "disk") => format!("{platform} {format}"),
+        (_, "disk") => platform.to_string(),
+        _ => format!("{platform} {format} {file}"),
+    }
+}
+
+/// An artifact that was left out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Unhandled {
+    /// Target architecture.
+    pub arch: String,
+    /// The published file's name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A source, by how it is made.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum SourceSpec {
+    /// Zero bytes.
+    Zeros {
+        /// How many.
+        size: u64,
+    },
+    /// A blob as it is.
+    Stored {
+        /// The blob.
+        #[serde(flatten)]
+        blob: Blob,
+    },
+    /// A blob of seekable zstd.
+    Zstd {
+        /// The blob.
+        #[serde(flatten)]
+        blob: Blob,
+        /// Length when decoded.
+        plain_size: u64,
+    },
+    /// A librsync delta, itself seekable zstd, over the concatenation of `base`.
+    Delta {
+        /// The blob.
+        #[serde(flatten)]
+        blob: Blob,
+        /// Length of what the delta makes.
+        plain_size: u64,
+        /// The sources it copies from, by index.
+        base: Vec<usize>,
+    },
+    /// The files of the live root file system in a live rootfs (a newc cpio), each padded to 4096 bytes.
+    Rootfs {
+        /// The source that holds the live rootfs.
+        image: usize,
+        /// Length of all the padded files.
+        plain_size: u64,
+    },
+}
+
+impl SourceSpec {
+    /// The blob that the source itself reads.
+    pub fn blob(&self) -> Option<Blob> {
+        match self {
+            Self::Stored { blob } | Self::Zstd { blob, .. } | Self::Delta { blob, .. } => Some(*blob),
+            Self::Zeros { .. } | Self::Rootfs { .. } => None,
+        }
+    }
+
+    /// The sources it is made of.
+    pub fn inputs(&self) -> &[usize] {
+        match self {
+            Self::Delta { base, .. } => base,
+            Self::Rootfs { image, .. } => std::slice::from_ref(image),
+            Self::Zeros { .. } | Self::Stored { .. } | Self::Zstd { .. } => &[],
+        }
+    }
+}
+
+impl Index {
+    /// Reads and checks an index.
+    pub fn from_json(bytes: &[u8]) -> Result<Self> {
+        /// Only the version, so that a later format is refused by its number and not by its shape.
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Version {
+            format_version: u32,
+        }
+        let Version { format_version } = serde_json::from_slice(bytes).context("index.json: not an index")?;
+        ensure!(
+            format_version == FORMAT_VERSION,
+            "index.json: format version {format_version}: this program reads version {FORMAT_VERSION}"
+        );
+        let index: Self = serde_json::from_slice(bytes).context("index.json: not an index")?;
+        index.check().context("index.json")?;
+        Ok(index)
+    }
+
+    /// The bytes of `index.json`.
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec_pretty(self).expect("an index is plain data");
+        bytes.push(b'\n');
+        bytes
+    }
+
+    fn check(&self) -> Result<()> {
+        for (i, source) in self.sources.iter().enumerate() {
+            if let Some(&input) = source.inputs().iter().find(|&&input| input >= i) {
+                bail!("source {i} is made of source {input}, which is not before it");
+            }
+        }
+        let mut names = BTreeSet::new();
+        for artifact in &self.artifacts {
+            ensure!(
+                artifact.source < self.sources.len(),
+                "artifact {}: no source {}",
+                artifact.published.name,
+                artifact.source
+            );
+            for name in [&artifact.published.name, &artifact.output.name] {
+                check_file_name(name)?;
+            }
+            ensure!(names.insert(&artifact.output.name), "two artifacts are named {}", artifact.output.name);
+        }
+        Ok(())
+    }
+
+    /// The blobs that `artifact` is made of, each once, those of its sources and its map.
+    pub fn blobs_of(&self, artifact: &Artifact) -> BTreeSet<Blob> {
+        let mut blobs = BTreeSet::from_iter(artifact.map);
+        let mut seen = BTreeSet::new();
+        let mut todo = vec![artifact.source];
+        while let Some(i) = todo.pop() {
+            if seen.insert(i) {
+                blobs.extend(self.sources[i].blob());
+                todo.extend(self.sources[i].inputs());
+            }
+        }
+        blobs
+    }
+
+    /// Every blob under `blobs/sha256/`, each once.
+    pub fn blobs(&self) -> BTreeSet<Blob> {
+        self.artifacts.iter().flat_map(|a| self.blobs_of(a)).collect()
+    }
+
+    /// The architectures in here, sorted.
+    pub fn architectures(&self) -> BTreeSet<&str> {
+        self.artifacts.iter().map(|a| a.arch.as_str()).collect()
+    }
+}
+
+/// Refuses a file name that is not a single, harmless path component. Names come from stream documents and indexes
+/// and become names of files.
+pub fn check_file_name(name: &str) -> Result<()> {
+    ensure!(
+        !name.is_empty()
+            && name.len() <= 255
+            && name != "."
+            && name != ".."
+            && !name.contains(|c: char| c == '/' || c == '\\' || c.is_control()),
+        "not a file name: {name:?}"
+    );
+    Ok(())
+}
