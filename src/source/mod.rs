@@ -4,7 +4,9 @@
 //! [`blob`], the files of a live rootfs ([`erofs`], [`squashfs`]), a [`Concat`] of others and a [`delta`] over
 //! others. Sources nest, and nothing is unpacked to a temporary file to read them.
 
+pub mod blob;
 pub mod cluster;
+pub mod delta;
 pub mod erofs;
 pub mod squashfs;
 
