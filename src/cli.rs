@@ -2,7 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+
+use crate::dehydrate::Profile;
+use crate::progress::Mode;
+use crate::rehydrate::Which;
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
@@ -10,24 +14,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub struct Cli {
     /// How progress is shown on stderr
     #[arg(long, global = true, value_enum, default_value_t, value_name = "HOW")]
-    pub progress: ProgressMode,
+    pub progress: Mode,
     /// What to do
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// How progress is shown; always on stderr.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ProgressMode {
-    /// Bars on a terminal, a line every few seconds otherwise
-    #[default]
-    Auto,
-    /// A line every few seconds
-    Plain,
-    /// One JSON object a line
-    Json,
-    /// Nothing
-    None,
 }
 
 #[derive(Debug, Subcommand)]
@@ -145,21 +135,11 @@ pub struct DownloadArgs {
     pub parallel: usize,
 }
 
-/// How large and how fast.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Profile {
-    /// The base disk is made of the files of the live rootfs: the smallest image
-    #[default]
-    Small,
-    /// The base disk is stored too: larger, and disks come out at the speed of zstd
-    Fast,
-}
-
 /// Options of `build dehydrate`.
 #[derive(Clone, Debug, Args)]
 pub struct DehydrateArgs {
     /// Only these architectures [default: all of the stream]
-    #[arg(long = "arch", id = "dehydrate-arch", value_name = "ARCH")]
+    #[arg(long = "arch", id = "dehydrate_arch", value_name = "ARCH")]
     pub arch: Vec<String>,
     /// Size against speed
     #[arg(long, value_enum, default_value_t)]
@@ -208,26 +188,6 @@ pub struct Rehydrate {
     /// Memory to use at most, such as 512M [default: a quarter of what the machine or the cgroup has, at least 256M]
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub memory: Option<u64>,
-}
-
-/// Which artifacts.
-#[derive(Clone, Debug, Default, Args)]
-pub struct Which {
-    /// The disk image of a platform; may be repeated
-    #[arg(long, value_name = "PLATFORM")]
-    pub disk: Vec<String>,
-    /// The live ISO
-    #[arg(long)]
-    pub iso: bool,
-    /// The live PXE set: kernel, initramfs and rootfs
-    #[arg(long)]
-    pub pxe: bool,
-    /// Everything
-    #[arg(long)]
-    pub all: bool,
-    /// Target architecture [default: this machine's, or the only one there is]
-    #[arg(long)]
-    pub arch: Option<String>,
 }
 
 /// Options of `list`.

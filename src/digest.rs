@@ -92,7 +92,13 @@ impl<W: Write> Hasher<W> {
 
     /// The digest and the length of all that was written.
     pub fn finish(self) -> (Digest, u64) {
-        (Digest(self.hash.finalize().into()), self.len)
+        let (_, digest, len) = self.into_parts();
+        (digest, len)
+    }
+
+    /// The writer beneath, and the digest and the length of all that was written.
+    pub fn into_parts(self) -> (W, Digest, u64) {
+        (self.inner, Digest(self.hash.finalize().into()), self.len)
     }
 }
 

@@ -1,9 +1,7 @@
 //! Readers and writers that more than one module needs; each does one thing.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-
-use crate::source::Source;
+use std::io::{self, Write};
 
 /// Zeros are found and skipped in pieces of this many bytes: the block size of the file systems we write to.
 pub const ZERO_BLOCK: usize = 4096;
@@ -66,42 +64,6 @@ impl Write for SparseWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Reads a source from start to end.
-pub struct SourceReader<'a> {
-    source: &'a dyn Source,
-    pos: u64,
-}
-
-impl<'a> SourceReader<'a> {
-    /// Starts at the first byte of `source`.
-    pub fn new(source: &'a dyn Source) -> Self {
-        Self { source, pos: 0 }
-    }
-}
-
-impl Read for SourceReader<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = (self.source.len() - self.pos).min(buf.len() as u64) as usize;
-        self.source.read_at(self.pos, &mut buf[..n])?;
-        self.pos += n as u64;
-        Ok(n)
-    }
-}
-
-impl Seek for SourceReader<'_> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let target = match to {
-            SeekFrom::Start(n) => Some(n),
-            SeekFrom::End(n) => self.source.len().checked_add_signed(n),
-            SeekFrom::Current(n) => self.pos.checked_add_signed(n),
-        };
-        self.pos = target
-            .map(|n| n.min(self.source.len()))
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "seek before the start"))?;
-        Ok(self.pos)
     }
 }
 

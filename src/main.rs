@@ -1,3 +1,170 @@
-//! Parses the command line, and prints what went wrong.
+//! Parses the command line, runs the command, prints what went wrong.
 
-fn main() {}
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+use rehydrator::cli::{self, Build, Cli, Command};
+use rehydrator::dehydrate::{self, dehydrate};
+use rehydrator::download;
+use rehydrator::http::Http;
+use rehydrator::inspect::inspect;
+use rehydrator::oci;
+use rehydrator::progress::Progress;
+use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, rehydrate};
+use rehydrator::report;
+use rehydrator::workdir::{Origin, Workdir};
+use rehydrator::{extract, memory};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("REHYDRATOR_LOG").unwrap_or_else(|_| "warn".into()),
+        )
+        .without_time()
+        .with_target(false)
+        .init();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // Whoever reads our pipe had enough: no news to them.
+            let broken_pipe = e
+                .chain()
+                .filter_map(|e| e.downcast_ref::<io::Error>())
+                .any(|e| e.kind() == io::ErrorKind::BrokenPipe);
+            if !broken_pipe {
+                eprintln!("rehydrator: {e:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let progress = Progress::new(cli.progress);
+    let mut out = io::stdout().lock();
+    match cli.command {
+        Command::Build(build) => run_build(build, &progress, &mut out),
+        Command::Rehydrate(args) => {
+            drop(out);
+            let dest = if args.dest == "-" { Dest::Stdout } else { Dest::Dir(args.dest.into()) };
+            let options = rehydrate::Options {
+                memory: args.memory.unwrap_or_else(quarter),
+                validate: !args.skip_validate,
+                force: args.force,
+            };
+            rehydrate(&args.data.data, &args.which, &dest, &options, &progress)
+        }
+        Command::PrintStreamJson(data) => rehydrate::print_stream(&data.data, &mut out),
+        Command::List(args) => report::list(&Store::open(&args.data.data)?.index, args.json, &mut out),
+        Command::Inspect(args) => run_inspect(&args, &mut out),
+        Command::Verify(args) => {
+            let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
+            verify(&args.data.data, args.rehydrate.then_some(&options), &progress)
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
+            Ok(())
+        }
+        Command::ManPages { dir } => {
+            std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+            clap_mangen::generate_to(Cli::command(), &dir).with_context(|| dir.display().to_string())
+        }
+    }
+}
+
+/// The memory that rehydrating uses unless told otherwise.
+fn quarter() -> u64 {
+    (memory::available() / 4).max(MIN_MEMORY)
+}
+
+fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<()> {
+    let init = |workdir: &Workdir, stream: cli::StreamArgs| -> Result<()> {
+        let origin = match (stream.stream_id, stream.stream_url, stream.stream_file) {
+            (Some(id), ..) => Origin::Id(id),
+            (_, Some(url), _) => Origin::Url(url),
+            (_, _, Some(file)) => Origin::File(file),
+            // clap asks for one of them.
+            (None, None, None) => anyhow::bail!("no stream"),
+        };
+        workdir.init(&origin, &Http::new(Retry::default())?).map(drop)
+    };
+    let download = |workdir: &Workdir, args: cli::DownloadArgs| -> Result<()> {
+        let options = download::Options {
+            keys: args.key,
+            skip_signatures: args.skip_signatures,
+            arch: args.arch,
+            parallel: args.parallel,
+        };
+        download::run(workdir, &options, &Http::new(Retry::default())?, progress).map(drop)
+    };
+    let dehydrate = |workdir: &Workdir, args: cli::DehydrateArgs, out: &mut dyn Write| -> Result<()> {
+        let options = dehydrate::Options {
+            arch: args.arch,
+            profile: args.profile,
+            allow_unhandled: args.allow_unhandled,
+            memory: args.memory.unwrap_or_else(|| memory::available() / 2),
+        };
+        let index = dehydrate(workdir, &options, progress)?;
+        report::dehydrated(&index, out)
+    };
+    let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
+        let binary = std::env::current_exe().context("this program's own file")?;
+        let digest = oci::image::build(&workdir.dehydrated(), &binary, &args.output)?;
+        Ok(writeln!(out, "{} {}", digest.oci(), args.output)?)
+    };
+    let dir = |workdir: cli::Workdir| Workdir::new(workdir.workdir);
+    match build {
+        Build::Init { workdir, stream } => init(&dir(workdir), stream),
+        Build::Download { workdir, download: args } => download(&dir(workdir), args),
+        Build::Dehydrate { workdir, dehydrate: args } => dehydrate(&dir(workdir), args, out),
+        Build::Image { workdir, image: args } => image(&dir(workdir), args, out),
+        Build::Clean { workdir } => dir(workdir).clean(),
+        Build::Run { workdir, stream, download: d, dehydrate: mut h, image: i } => {
+            let workdir = dir(workdir);
+            if h.arch.is_empty() {
+                h.arch.clone_from(&d.arch);
+            }
+            init(&workdir, stream)?;
+            download(&workdir, d)?;
+            dehydrate(&workdir, h, out)?;
+            image(&workdir, i, out)?;
+            workdir.clean()
+        }
+    }
+}
+
+/// Looks into an artifact of a dehydrated directory, or into any file.
+fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
+    let path = std::path::Path::new(&args.what);
+    let source: Arc<dyn Source> = if path.is_file() {
+        Arc::new(source::File::new(std::fs::File::open(path).with_context(|| args.what.clone())?)?)
+    } else {
+        let rehydrator = Rehydrator::open(&args.data.data, quarter())?;
+        let artifact = rehydrate::find(&rehydrator.store().index, &args.what, args.arch.as_deref())?;
+        if let Some(dir) = &args.extract {
+            let extracted = extract(&rehydrator, artifact, dir)?;
+            let made = if extracted.whole {
+                artifact.output.name.clone()
+            } else {
+                format!("{}, its compressed parts decompressed", artifact.output.name)
+            };
+            return Ok(writeln!(
+                out,
+                "rdiff patch {} {} OUT\nmakes {made}",
+                extracted.base.display(),
+                extracted.delta.display()
+            )?);
+        }
+        rehydrator.parts(artifact)?.view()?
+    };
+    let report = inspect(source).with_context(|| args.what.clone())?;
+    if args.json {
+        serde_json::to_writer_pretty(&mut *out, &report)?;
+        return Ok(writeln!(out)?);
+    }
+    Ok(write!(out, "{report}")?)
+}

@@ -119,6 +119,23 @@ impl Artifact {
     pub fn label(&self) -> String {
         label(&self.platform, &self.format, &self.file)
     }
+
+    /// Whether it is the live ISO.
+    pub fn is_iso(&self) -> bool {
+        self.format == "iso"
+    }
+
+    /// Whether it belongs to the live PXE set.
+    pub fn is_pxe(&self) -> bool {
+        self.format == "pxe"
+    }
+
+    /// What `--disk` calls it: its platform, with `4k` behind it for the disk with sectors of 4096 bytes. The live ISO
+    /// and the PXE set are no disks.
+    pub fn disk(&self) -> Option<String> {
+        let sectors = if self.format.starts_with("4k.") { "4k" } else { "" };
+        (!self.is_iso() && !self.is_pxe()).then(|| format!("{}{sectors}", self.platform))
+    }
 }
 
 /// A short name for messages: the platform where that says it all, `metal iso`, `metal pxe rootfs` otherwise.
@@ -250,18 +267,22 @@ impl Index {
         Ok(())
     }
 
-    /// The blobs that `artifact` is made of, each once, those of its sources and its map.
-    pub fn blobs_of(&self, artifact: &Artifact) -> BTreeSet<Blob> {
-        let mut blobs = BTreeSet::from_iter(artifact.map);
-        let mut seen = BTreeSet::new();
+    /// The sources that `artifact` is made of, by index.
+    pub fn sources_of(&self, artifact: &Artifact) -> BTreeSet<usize> {
+        let mut found = BTreeSet::new();
         let mut todo = vec![artifact.source];
         while let Some(i) = todo.pop() {
-            if seen.insert(i) {
-                blobs.extend(self.sources[i].blob());
+            if found.insert(i) {
                 todo.extend(self.sources[i].inputs());
             }
         }
-        blobs
+        found
+    }
+
+    /// The blobs that `artifact` is made of, each once: those of its sources and its map.
+    pub fn blobs_of(&self, artifact: &Artifact) -> BTreeSet<Blob> {
+        let sources = self.sources_of(artifact);
+        artifact.map.into_iter().chain(sources.into_iter().filter_map(|i| self.sources[i].blob())).collect()
     }
 
     /// Every blob under `blobs/sha256/`, each once.

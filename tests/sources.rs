@@ -4,10 +4,9 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rehydrator::io::SourceReader;
 use rehydrator::source::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin};
 use rehydrator::source::delta::{Base, Delta};
-use rehydrator::source::{Concat, File, Slice, Source, Zeros, blob};
+use rehydrator::source::{Concat, File, Reader, Slice, Source, Zeros, blob};
 
 /// Bytes that look like nothing in particular, the same for the same seed.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
@@ -118,7 +117,7 @@ fn rdiff_patch(base: &dyn Source, delta: &[u8]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let [base_path, delta_path, out] = ["base", "delta", "out"].map(|name| dir.path().join(name));
     let mut file = rehydrator::io::SparseWriter::new(std::fs::File::create(&base_path).unwrap());
-    io::copy(&mut SourceReader::new(base), &mut file).unwrap();
+    io::copy(&mut Reader::new(base), &mut file).unwrap();
     file.finish().unwrap();
     std::fs::write(&delta_path, delta).unwrap();
     let status = std::process::Command::new("rdiff")

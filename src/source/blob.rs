@@ -10,9 +10,8 @@ use rayon::prelude::*;
 use zeekstd::SeekTable;
 use zeekstd::seek_table::Format;
 
-use super::Source;
 use super::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, MAX_CLUSTER, Origin};
-use crate::io::SourceReader;
+use super::{Reader, Source};
 
 /// Decoded length of every frame but the last, in bytes. Larger frames compress a little better; smaller ones cost
 /// less to get at one byte, and less memory.
@@ -53,7 +52,7 @@ impl ClusterCodec for Frames {
 /// Opens a blob of seekable zstd as the plain bytes in it.
 pub fn open(blob: Arc<dyn Source>, cache: Arc<Cache>) -> io::Result<Clustered> {
     let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, format!("zstd blob: {what}"));
-    let mut reader = SourceReader::new(&*blob);
+    let mut reader = Reader::new(&*blob);
     // The parser allocates for as many frames as the footer claims: make sure that they can exist.
     let mut footer = [0; FOOTER];
     reader.seek(SeekFrom::End(-(FOOTER as i64).min(blob.len() as i64)))?;

@@ -5,8 +5,12 @@
 //! as a [`ClusterMap`]; [`Clustered`] makes a source of it whose clusters live in a shared, bounded [`Cache`].
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+
+use rayon::prelude::*;
 
 use super::{Source, check_range};
 
@@ -144,17 +148,8 @@ impl Source for Clustered {
                 Origin::Image { offset } => self.image.read_at(offset, out)?,
                 Origin::Cluster { id, offset } => {
                     let cluster = self.cache.get(Key { source: self.source, cluster: id })?;
-                    let bytes = cluster.get(offset as usize..offset as usize + out.len());
-                    out.copy_from_slice(bytes.ok_or_else(|| {
-                        io::Error::new(
-                            io::ErrorKind::InvalidData,
-                            format!(
-                                "cluster {id} has {} bytes, {} at {offset} wanted",
-                                cluster.len(),
-                                out.len()
-                            ),
-                        )
-                    })?);
+                    let part = cluster.get(offset as usize..offset as usize + out.len());
+                    out.copy_from_slice(part.ok_or_else(|| short(id, cluster.len(), offset, out.len()))?);
                 }
             }
             Ok(())
@@ -184,6 +179,13 @@ impl Source for Clustered {
             Ok(())
         });
     }
+}
+
+fn short(cluster: u32, has: usize, offset: u32, wanted: usize) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("cluster {cluster} has {has} bytes: {wanted} at {offset} are wanted"),
+    )
 }
 
 /// The decoded clusters of all the sources that a reader has open, within a bound.
@@ -288,6 +290,41 @@ impl Cache {
             ));
         }
         Ok(bytes)
+    }
+
+    /// Writes all of `source` to `file`, which is empty, on all cores. Goes through the clusters in their own order and
+    /// decodes each once, whatever the order in which `source` has them; memory is that of a cluster for each core.
+    pub fn scatter(&self, source: &dyn Source, file: &File) -> io::Result<()> {
+        let mut uses = Vec::new();
+        source.trace(0, source.len(), 0, &mut uses);
+        file.set_len(source.len())?;
+        // What is in no cluster, in order.
+        let mut buf = vec![0; 1 << 20];
+        let mut pos = 0;
+        let ends = uses.iter().map(|u| (u.at, u.at + u64::from(u.len)));
+        for (start, end) in ends.chain([(source.len(), source.len())]) {
+            while pos < start {
+                let zeros = source.zeros_at(pos);
+                let n = if zeros > 0 { zeros.min(start - pos) } else { (start - pos).min(buf.len() as u64) };
+                if zeros == 0 {
+                    source.read_at(pos, &mut buf[..n as usize])?;
+                    file.write_all_at(&buf[..n as usize], pos)?;
+                }
+                pos += n;
+            }
+            pos = end;
+        }
+        uses.sort_unstable_by_key(|u| (u.key, u.at));
+        let clusters: Vec<&[Use]> = uses.chunk_by(|a, b| a.key == b.key).collect();
+        clusters.par_iter().try_for_each(|uses| {
+            let bytes = self.decode(uses[0].key)?;
+            for u in *uses {
+                let part = bytes.get(u.offset as usize..u.offset as usize + u.len as usize);
+                let part = part.ok_or_else(|| short(u.key.cluster, bytes.len(), u.offset, u.len as usize))?;
+                file.write_all_at(part, u.at)?;
+            }
+            Ok(())
+        })
     }
 
     /// The decoded bytes of a cluster.

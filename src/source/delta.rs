@@ -14,8 +14,8 @@ use std::sync::Arc;
 use fast_rsync::{IndexedSignature, Signature, SignatureOptions};
 
 use super::cluster::Use;
-use super::{Source, check_range};
-use crate::io::{SourceReader, is_zero};
+use super::{Reader, Source, check_range};
+use crate::io::is_zero;
 
 /// Length of the blocks that are looked for in the base, in bytes: that of the file systems on the disks.
 pub const BLOCK: u64 = 4096;
@@ -136,7 +136,7 @@ impl Delta {
     pub fn open(delta: Arc<dyn Source>, base: Arc<dyn Source>) -> io::Result<Self> {
         let mut ops: Vec<Op> = Vec::new();
         let mut len = 0u64;
-        let mut reader = BufReader::with_capacity(1 << 16, SourceReader::new(&*delta));
+        let mut reader = BufReader::with_capacity(1 << 16, Reader::new(&*delta));
         let mut magic = [0; 4];
         reader.read_exact(&mut magic)?;
         if u32::from_be_bytes(magic) != MAGIC {

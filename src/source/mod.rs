@@ -10,7 +10,7 @@ pub mod delta;
 pub mod erofs;
 pub mod squashfs;
 
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -231,5 +231,41 @@ impl Source for Concat {
             self.parts[part].trace(inner, n, at, uses);
             (offset, at, len) = (offset + n, at + n, len - n);
         }
+    }
+}
+
+/// Reads a source from start to end.
+pub struct Reader<'a> {
+    source: &'a dyn Source,
+    pos: u64,
+}
+
+impl<'a> Reader<'a> {
+    /// Starts at the first byte of `source`.
+    pub fn new(source: &'a dyn Source) -> Self {
+        Self { source, pos: 0 }
+    }
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = (self.source.len() - self.pos).min(buf.len() as u64) as usize;
+        self.source.read_at(self.pos, &mut buf[..n])?;
+        self.pos += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Reader<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(n) => Some(n),
+            SeekFrom::End(n) => self.source.len().checked_add_signed(n),
+            SeekFrom::Current(n) => self.pos.checked_add_signed(n),
+        };
+        self.pos = target
+            .map(|n| n.min(self.source.len()))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "seek before the start"))?;
+        Ok(self.pos)
     }
 }

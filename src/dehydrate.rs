@@ -1,0 +1,471 @@
+//! Reduces a downloaded release to a dehydrated directory.
+//!
+//! For each architecture:
+//! 1. the live rootfs is stored as it is, and its files are decoded once, into an unnamed file;
+//! 2. kernel, initramfs and one disk, the base, become deltas over those files (profile `fast`: the base is stored);
+//! 3. every other disk becomes a delta over the base, and the ISO one over what is in it.
+//!
+//! Before a delta goes over an artifact, what is compressed in it is unfolded. Every artifact is produced again from
+//! what was stored for it and compared with the digest the stream metadata names, before it gets into the index.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::catalog::{Catalog, Item};
+use crate::digest::Digest;
+use crate::fold::{self, Map};
+use crate::io::scratch_file;
+use crate::produce::{How, Parts, produce};
+use crate::progress::Progress;
+use crate::recipe::{
+    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled, check_file_name,
+};
+use crate::source::cluster::{Cache, Clustered};
+use crate::source::delta::Base;
+use crate::source::{self, Source, blob, rootfs};
+use crate::store::{self, Sources, Writer};
+use crate::stream::Stream;
+use crate::workdir::Workdir;
+
+/// How large and how fast.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Profile {
+    /// The base disk is made of the files of the live rootfs: the smallest image
+    #[default]
+    Small,
+    /// The base disk is stored too: larger, and disks come out at the speed of zstd
+    Fast,
+}
+
+/// How to dehydrate.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Only these architectures; all when empty.
+    pub arch: Vec<String>,
+    /// Size against speed.
+    pub profile: Profile,
+    /// Leave out what is not there, instead of failing.
+    pub allow_unhandled: bool,
+    /// Memory that may be used, in bytes.
+    pub memory: u64,
+}
+
+/// The zeros that follow a base where deltas are applied: as long as the disks that are made, and stored nowhere.
+/// Longer runs take several copies.
+const ZEROS: u64 = 64 << 30;
+
+/// zstd's strongest ordinary level: there are a few MB of literals to a disk.
+const DELTA_LEVEL: i32 = 19;
+
+/// For the base of profile `fast`, hundreds of MB: see `docs/benchmarks.md` for what other levels give.
+const BASE_LEVEL: i32 = 12;
+
+/// Memory that reducing one artifact takes, in bytes: xz -9 needs 65 MB to decode, zstd -19 and preflate the rest.
+const MEMORY_EACH: u64 = 640 << 20;
+
+/// Cache of a proof that reads its base from a file, in bytes.
+const PROOF_CACHE: u64 = 64 << 20;
+
+/// Dehydrates what is in `workdir` and returns the index of what was made.
+pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> Result<Index> {
+    let document = workdir.read_stream_bytes()?;
+    let stream = Stream::parse(&document)?;
+    let catalog = Catalog::new(&stream)?.only(&options.arch)?;
+    let writer = Writer::create(&workdir.dehydrated())?;
+    let blob = writer.file(store::STREAM, &document)?;
+    if let Some(signature) = read_if_there(&workdir.stream_signature())? {
+        writer.file(store::STREAM_SIGNATURE, &signature)?;
+    }
+
+    let artifacts_dir = workdir.artifacts();
+    let (present, missing): (Vec<&Item>, Vec<&Item>) =
+        catalog.items.iter().partition(|item| artifacts_dir.join(&item.name).is_file());
+    let unhandled = missing.iter().map(|item| Unhandled {
+        arch: item.arch.clone(),
+        name: item.name.clone(),
+        reason: "not downloaded".into(),
+    });
+    let unhandled: Vec<Unhandled> = unhandled.collect();
+    if let Some(first) = unhandled.first()
+        && !options.allow_unhandled
+    {
+        bail!(
+            "{} of {} artifacts are not in {}, the first is {}; --allow-unhandled leaves them out",
+            unhandled.len(),
+            catalog.items.len(),
+            artifacts_dir.display(),
+            first.name
+        );
+    }
+    ensure!(!present.is_empty(), "no artifacts in {}", artifacts_dir.display());
+
+    let mut by_arch: BTreeMap<&str, Vec<&Item>> = BTreeMap::new();
+    for &item in &present {
+        by_arch.entry(&item.arch).or_default().push(item);
+    }
+    let job = Job { dir: artifacts_dir, writer: &writer, options, progress };
+    let mut sources = Vec::new();
+    let mut reduced = BTreeMap::new();
+    for items in by_arch.values() {
+        job.architecture(items, &mut sources, &mut reduced)?;
+    }
+    let artifacts = present.iter().map(|item| reduced.remove(item.name.as_str()));
+    let index = Index {
+        format_version: FORMAT_VERSION,
+        generator: concat!("rehydrator ", env!("CARGO_PKG_VERSION")).into(),
+        stream: StreamFile { name: stream.stream.clone(), blob },
+        artifacts: artifacts.collect::<Option<_>>().context("an artifact was dropped")?,
+        unhandled,
+        sources,
+    };
+    writer.finish(&index)?;
+    Ok(index)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| path.display().to_string()),
+    }
+}
+
+/// What all artifacts are reduced with.
+struct Job<'a> {
+    dir: PathBuf,
+    writer: &'a Writer,
+    options: &'a Options,
+    progress: &'a Progress,
+}
+
+/// A source that others are made of, with its bytes at hand.
+#[derive(Clone)]
+struct Made {
+    spec: usize,
+    plain: Arc<dyn Source>,
+}
+
+/// An artifact without its outer compression.
+struct Form {
+    /// What comes out.
+    output: NamedFile,
+    bytes: Arc<dyn Source>,
+}
+
+/// An artifact, unfolded.
+struct Plain {
+    form: Form,
+    map: Option<Map>,
+    plain: Arc<dyn Source>,
+}
+
+impl Job<'_> {
+    /// Reduces the artifacts of one architecture.
+    fn architecture<'i>(
+        &self,
+        items: &[&'i Item],
+        specs: &mut Vec<SourceSpec>,
+        done: &mut BTreeMap<&'i str, Artifact>,
+    ) -> Result<()> {
+        let find = |is: &dyn Fn(&Item) -> bool| items.iter().copied().find(|item| is(item));
+        let zeros = push(specs, SourceSpec::Zeros { size: ZEROS });
+        let base_item = find(&|i| i.platform == "qemu" && i.file == "disk")
+            .or_else(|| find(&|i| i.platform == "metal" && i.is_disk() && !i.format.starts_with("4k.")))
+            .or_else(|| find(&|i| i.is_disk()));
+
+        // The live rootfs is decoded while the base disk is decompressed.
+        let rootfs_item = find(&|i| i.file == "rootfs");
+        let (live, base_disk) = rayon::join(
+            || rootfs_item.map(|item| self.live_rootfs(item)).transpose(),
+            || base_item.map(|item| self.open(item)).transpose(),
+        );
+        let (live, base_disk) = (live?, base_disk?);
+
+        let mut parts_of_iso = Vec::new();
+        let mut files = None;
+        if let (Some(item), Some((blob, rootfs, view))) = (rootfs_item, live) {
+            let spec = push(specs, SourceSpec::Stored { blob });
+            parts_of_iso.push(Made { spec, plain: rootfs });
+            done.insert(&item.name, self.artifact(item, NamedFile { name: item.name.clone(), blob }, spec, None, blob.size)?);
+            if let Some(plain) = view {
+                let spec = push(specs, SourceSpec::Rootfs { image: spec, plain_size: plain.len() });
+                files = Some(Made { spec, plain });
+            }
+        }
+        let scanned = files.as_ref().map(|made| Base::scan(&*made.plain, ZEROS)).transpose()?;
+        let index = scanned.as_ref().map(Base::index);
+        let over_files = files.iter().zip(&index).next().map(|(made, index)| Over { parts: vec![made.clone()], index, zeros });
+
+        for item in items.iter().filter(|i| i.file == "kernel" || i.file == "initramfs") {
+            let plain = self.open(item)?;
+            let made = self.reduce(item, &plain, over_files.as_ref(), specs, &[])?;
+            let bytes = plain.plain.clone();
+            let artifact = self.keep(item, plain.form.output, made, specs)?;
+            parts_of_iso.push(Made { spec: artifact.source, plain: bytes });
+            done.insert(&item.name, artifact);
+        }
+
+        let mut base = None;
+        if let (Some(item), Some(plain)) = (base_item, base_disk) {
+            let over = over_files.as_ref().filter(|_| self.options.profile == Profile::Small);
+            let made = self.reduce(item, &plain, over, specs, &[])?;
+            let bytes = plain.plain.clone();
+            let artifact = self.keep(item, plain.form.output, made, specs)?;
+            base = Some(Made { spec: artifact.source, plain: bytes });
+            done.insert(&item.name, artifact);
+        }
+        drop(over_files);
+        drop(index);
+        drop(scanned);
+
+        let rest: Vec<&Item> = items.iter().copied().filter(|i| !done.contains_key(i.name.as_str())).collect();
+        let (isos, disks): (Vec<&Item>, Vec<&Item>) = rest.into_iter().partition(|i| i.format == "iso");
+        self.all_over(&disks, base.into_iter().collect(), zeros, specs, done)?;
+        parts_of_iso.extend(files);
+        self.all_over(&isos, parts_of_iso, zeros, specs, done)
+    }
+
+    /// Reduces artifacts over the same base, several at once.
+    fn all_over<'i>(
+        &self,
+        items: &[&'i Item],
+        parts: Vec<Made>,
+        zeros: usize,
+        specs: &mut Vec<SourceSpec>,
+        done: &mut BTreeMap<&'i str, Artifact>,
+    ) -> Result<()> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let concat = source::Concat::new(parts.iter().map(|made| made.plain.clone()).collect())?;
+        let scanned = (!parts.is_empty()).then(|| Base::scan(&concat, ZEROS)).transpose()?;
+        let index = scanned.as_ref().map(Base::index);
+        let over = index.as_ref().map(|index| Over { parts: parts.clone(), index, zeros });
+
+        // What must be deflated again takes longest: first, so that nobody waits for it at the end.
+        let mut order: Vec<usize> = (0..items.len()).collect();
+        order.sort_by_key(|&i| items[i].uncompressed_sha256.is_some());
+        let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = cores.min((self.options.memory / MEMORY_EACH).max(1) as usize);
+        let before: &[SourceSpec] = specs;
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let result = self.open(items[i]).and_then(|plain| {
+                            let made = self.reduce(items[i], &plain, over.as_ref(), before, &parts)?;
+                            Ok((plain.form.output, made))
+                        });
+                        if result.is_err() {
+                            next.store(items.len(), Ordering::Relaxed);
+                        }
+                        results.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
+                    }
+                });
+            }
+        });
+        let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // In the order of the stream, so that the same input gives the same index.
+        results.sort_by_key(|(i, _)| *i);
+        for (i, result) in results {
+            let (output, made) = result?;
+            done.insert(&items[i].name, self.keep(items[i], output, made, specs)?);
+        }
+        Ok(())
+    }
+
+    /// Stores the live rootfs, and decodes its files into an unnamed file where they can be decoded.
+    fn live_rootfs(&self, item: &Item) -> Result<(Blob, Arc<dyn Source>, Option<Arc<dyn Source>>)> {
+        let label = item.label();
+        let context = || format!("artifact {label}");
+        let mut file = File::open(self.dir.join(&item.name)).with_context(context)?;
+        let mut out = self.writer.blob()?;
+        let task = self.progress.task(format!("{label}: store"), Some(file.metadata()?.len()));
+        io::copy(&mut task.reader(&mut file), &mut out).with_context(context)?;
+        let blob = self.writer.keep(out)?;
+        ensure_published(item, &blob)?;
+        task.finish();
+        let rootfs: Arc<dyn Source> = Arc::new(source::File::new(self.writer.open(&blob)?)?);
+        let view = rootfs::open(rootfs.clone()).and_then(|(image, map)| {
+            let cache = Cache::new(0);
+            let view = Clustered::new(map, image, cache.clone());
+            let file = scratch_file(self.writer.scratch())?;
+            cache.scatter(&view, &file)?;
+            Ok(Arc::new(source::File::new(file)?) as Arc<dyn Source>)
+        });
+        match view {
+            Ok(view) => Ok((blob, rootfs, Some(view))),
+            Err(e) => {
+                tracing::warn!("artifact {label}: {e}; the base disk is stored instead (profile fast)");
+                Ok((blob, rootfs, None))
+            }
+        }
+    }
+
+    /// Checks a published file, takes off its outer compression where the stream metadata has a digest of what is
+    /// beneath, and unfolds it.
+    fn open(&self, item: &Item) -> Result<Plain> {
+        self.open_inner(item).with_context(|| format!("artifact {}", item.label()))
+    }
+
+    fn open_inner(&self, item: &Item) -> Result<Plain> {
+        let path = self.dir.join(&item.name);
+        let file = File::open(&path).with_context(|| path.display().to_string())?;
+        let task = self.progress.task(format!("{}: read", item.label()), Some(file.metadata()?.len()));
+        let (sha256, size) = Digest::of_reader(task.reader(&file))?;
+        ensure_published(item, &Blob { sha256, size })?;
+        task.finish();
+        let form = match item.uncompressed_sha256 {
+            None => Form {
+                output: NamedFile { name: item.name.clone(), blob: Blob { sha256, size } },
+                bytes: Arc::new(source::File::new(file)?),
+            },
+            Some(sha256) => {
+                let peeled = fold::peel(file, &item.name, self.writer.scratch(), MAX_FORM)?;
+                // The name inside a zip, unless it is that of a pipe.
+                let member = peeled.member.filter(|name| name != "-" && check_file_name(name).is_ok());
+                let name = member.unwrap_or_else(|| item.output_name().to_string());
+                let blob = Blob { sha256, size: peeled.form.len() };
+                Form { output: NamedFile { name, blob }, bytes: peeled.form }
+            }
+        };
+        let unfolded = fold::unfold(&form.bytes, self.writer.scratch())?;
+        Ok(Plain { form, map: unfolded.map, plain: unfolded.plain })
+    }
+
+    /// Stores what makes `plain`, and proves that it does. `specs` are the sources so far, `known` those of them whose
+    /// bytes are proven and need not be made again.
+    fn reduce(
+        &self,
+        item: &Item,
+        plain: &Plain,
+        over: Option<&Over>,
+        specs: &[SourceSpec],
+        known: &[Made],
+    ) -> Result<Reduced> {
+        let label = item.label();
+        let reduced = self.store(&plain.plain, plain.map.as_ref(), over)?;
+        let prove = |reduced: &Reduced| self.prove(&label, &plain.form.output.blob, reduced, specs, known);
+        let Err(error) = prove(&reduced) else { return Ok(reduced) };
+        // The form itself may not be what the stream metadata says: then nothing can be right.
+        store::check(&format!("artifact {label}"), source::Reader::new(&*plain.form.bytes), &plain.form.output.blob)?;
+        if plain.map.is_none() {
+            return Err(error.context("proof failed"));
+        }
+        tracing::warn!("{error:#}: stored without unfolding");
+        let opaque = self.store(&plain.form.bytes, None, over)?;
+        prove(&opaque).context("proof failed")?;
+        Ok(opaque)
+    }
+
+    fn store(&self, plain: &Arc<dyn Source>, map: Option<&Map>, over: Option<&Over>) -> Result<Reduced> {
+        let plain_size = plain.len();
+        let spec = match over {
+            Some(over) => {
+                let out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
+                let blob = self.writer.keep(over.index.diff(&**plain, out)?.finish()?)?;
+                let base = over.parts.iter().map(|made| made.spec).chain([over.zeros]).collect();
+                SourceSpec::Delta { blob, plain_size, base }
+            }
+            None => {
+                let mut out = blob::Writer::new(self.writer.blob()?, BASE_LEVEL);
+                io::copy(&mut source::Reader::new(&**plain), &mut out)?;
+                SourceSpec::Zstd { blob: self.writer.keep(out.finish()?)?, plain_size }
+            }
+        };
+        let map = map.map(|map| -> Result<Blob> {
+            let mut out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
+            io::Write::write_all(&mut out, &map.to_bytes())?;
+            self.writer.keep(out.finish()?)
+        });
+        Ok(Reduced { spec, map: map.transpose()? })
+    }
+
+    /// Produces an artifact from what was stored for it.
+    fn prove(&self, label: &str, expected: &Blob, reduced: &Reduced, specs: &[SourceSpec], known: &[Made]) -> Result<()> {
+        let budget = if known.is_empty() { (self.options.memory / 2).max(PROOF_CACHE) } else { PROOF_CACHE };
+        let sources = Sources::new(Cache::new(budget), |blob| self.writer.open(blob));
+        for made in known {
+            sources.substitute(made.spec, made.plain.clone());
+        }
+        let task = self.progress.task(format!("{label}: prove"), Some(expected.size));
+        let threads = if known.is_empty() { rayon::current_num_threads() } else { 1 };
+        let how = How { cache: sources.cache(), threads, validate: true, task: &task };
+        let map = reduced.map.map(|blob| sources.map(&blob)).transpose()?;
+        let parts = Parts { source: sources.make(specs, &reduced.spec)?, map };
+        produce(label, &parts, expected, &how, &mut io::sink())?;
+        task.finish();
+        Ok(())
+    }
+
+    /// Puts a reduced artifact's source into the index, and describes it.
+    fn keep(&self, item: &Item, output: NamedFile, reduced: Reduced, specs: &mut Vec<SourceSpec>) -> Result<Artifact> {
+        let stored = reduced.spec.blob().map_or(0, |b| b.size) + reduced.map.map_or(0, |b| b.size);
+        let source = push(specs, reduced.spec);
+        self.artifact(item, output, source, reduced.map, stored)
+    }
+
+    fn artifact(&self, item: &Item, output: NamedFile, source: usize, map: Option<Blob>, stored: u64) -> Result<Artifact> {
+        let path = self.dir.join(&item.name);
+        let size = path.metadata().with_context(|| path.display().to_string())?.len();
+        let signature = read_if_there(&self.dir.join(format!("{}.sig", item.name)))?;
+        let signature = signature.map(|bytes| {
+            self.writer.file(Path::new(store::SIGNATURES).join(format!("{}.sig", item.name)), &bytes)
+        });
+        Ok(Artifact {
+            arch: item.arch.clone(),
+            platform: item.platform.clone(),
+            format: item.format.clone(),
+            file: item.file.clone(),
+            tier: if output.name == item.name { Tier::Published } else { Tier::Uncompressed },
+            published: NamedFile { name: item.name.clone(), blob: Blob { sha256: item.sha256, size } },
+            output,
+            source,
+            map,
+            signature: signature.transpose()?,
+            stored,
+        })
+    }
+}
+
+/// What a delta goes over.
+struct Over<'a> {
+    parts: Vec<Made>,
+    index: &'a source::delta::Index<'a>,
+    zeros: usize,
+}
+
+/// What was stored for an artifact.
+struct Reduced {
+    spec: SourceSpec,
+    map: Option<Blob>,
+}
+
+fn push(specs: &mut Vec<SourceSpec>, spec: SourceSpec) -> usize {
+    specs.push(spec);
+    specs.len() - 1
+}
+
+/// The longest form that is taken out of a compressed artifact, in bytes: above the largest disks that are made, and
+/// below what fills a file system with zeros.
+const MAX_FORM: u64 = 256 << 30;
+
+/// Checks a published file against the stream metadata.
+fn ensure_published(item: &Item, found: &Blob) -> Result<()> {
+    ensure!(
+        found.sha256 == item.sha256,
+        "artifact {}: {}: sha256 mismatch: expected {}, got {}",
+        item.label(),
+        item.name,
+        item.sha256,
+        found.sha256
+    );
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! Produces artifacts: source, fold, digest, sink. The one way in which an artifact comes out, used to rehydrate it and
+//! to prove, before it is stored, that it will.
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::ScopedJoinHandle;
+
+use anyhow::{Context, Result};
+
+use crate::digest::{Digest, Hasher};
+use crate::fold::{self, Map};
+use crate::progress::Task;
+use crate::recipe::Blob;
+use crate::sink::Output;
+use crate::source::Source;
+use crate::source::cluster::Cache;
+use crate::store;
+
+/// Bytes that are read, hashed and written together.
+const CHUNK: usize = 1 << 20;
+
+/// Chunks that the hash may lag behind.
+const BEHIND: usize = 8;
+
+/// Zeros from this length on are passed on as such and not read.
+const LONG_ZEROS: u64 = 64 << 10;
+
+/// What an artifact is made of.
+pub struct Parts {
+    /// The plain bytes.
+    pub source: Arc<dyn Source>,
+    /// What makes the output of them; without it, they are the output.
+    pub map: Option<Map>,
+}
+
+/// How to produce.
+pub struct How<'a> {
+    /// The cache that the sources share.
+    pub cache: &'a Cache,
+    /// Threads that decode ahead.
+    pub threads: usize,
+    /// Whether to hash what comes out.
+    pub validate: bool,
+    /// Counts the bytes that came out.
+    pub task: &'a Task,
+}
+
+/// Writes the artifact `name` to `out` and checks that it is `expected`. On an error `out` holds bytes that are not the
+/// artifact: whoever calls makes sure that nobody takes them for it.
+pub fn produce(name: &str, parts: &Parts, expected: &Blob, how: &How, out: &mut dyn Output) -> Result<()> {
+    let mut uses = Vec::new();
+    parts.source.trace(0, parts.source.len(), 0, &mut uses);
+    let found = how.cache.with_plan(uses, how.threads, || {
+        std::thread::scope(|scope| -> io::Result<Option<Blob>> {
+            let mut tee = Tee::new(scope, how, expected.size, out);
+            let mut plain = Plain { source: &*parts.source, cache: how.cache, pos: 0 };
+            match &parts.map {
+                Some(map) => fold::fold(map, &mut plain, &mut tee)?,
+                None => plain.copy_to(&mut tee)?,
+            }
+            tee.finish()
+        })
+    });
+    if let Some(found) = found.with_context(|| format!("artifact {name}"))? {
+        store::matches(&format!("artifact {name}"), &found, expected)?;
+    }
+    Ok(())
+}
+
+/// Reads a source from start to end, and tells the cache how far it is.
+struct Plain<'a> {
+    source: &'a dyn Source,
+    cache: &'a Cache,
+    pos: u64,
+}
+
+impl Plain<'_> {
+    fn copy_to(&mut self, out: &mut Tee) -> io::Result<()> {
+        let mut buf = vec![0; CHUNK];
+        while self.pos < self.source.len() {
+            let zeros = self.source.zeros_at(self.pos);
+            if zeros >= LONG_ZEROS {
+                out.zeros(zeros)?;
+                self.pos += zeros;
+                continue;
+            }
+            let n = self.read(&mut buf)?;
+            out.write_all(&buf[..n])?;
+        }
+        Ok(())
+    }
+}
+
+impl Read for Plain<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = (self.source.len() - self.pos).min(buf.len() as u64) as usize;
+        self.cache.advance(self.pos);
+        self.source.read_at(self.pos, &mut buf[..n])?;
+        self.pos += n as u64;
+        Ok(n)
+    }
+}
+
+enum Piece {
+    Bytes(Vec<u8>),
+    Zeros(u64),
+}
+
+/// Writes to an output, and hashes on another thread.
+struct Tee<'scope, 'a> {
+    out: &'a mut dyn Output,
+    task: &'a Task,
+    pending: Vec<u8>,
+    /// Bytes that may still come: a damaged or hostile recipe does not fill a disk.
+    left: u64,
+    hash: Option<(SyncSender<Piece>, ScopedJoinHandle<'scope, (Digest, u64)>)>,
+}
+
+impl<'scope, 'a> Tee<'scope, 'a> {
+    fn new(
+        scope: &'scope std::thread::Scope<'scope, '_>,
+        how: &How<'a>,
+        size: u64,
+        out: &'a mut dyn Output,
+    ) -> Self {
+        let hash = how.validate.then(|| {
+            let (to, pieces) = sync_channel(BEHIND);
+            let thread = scope.spawn(move || {
+                let mut hasher = Hasher::new(io::sink());
+                for piece in pieces {
+                    // Writing to a hash cannot fail.
+                    let _ = match piece {
+                        Piece::Bytes(bytes) => hasher.write_all(&bytes),
+                        Piece::Zeros(n) => hasher.zeros(n),
+                    };
+                }
+                hasher.finish()
+            });
+            (to, thread)
+        });
+        Self { out, task: how.task, pending: Vec::with_capacity(CHUNK), left: size, hash }
+    }
+
+    fn count(&mut self, n: u64) -> io::Result<()> {
+        self.left = self.left.checked_sub(n).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "size mismatch: more bytes come out than expected")
+        })?;
+        Ok(())
+    }
+
+    fn send(&mut self, piece: Piece) -> io::Result<()> {
+        match &self.hash {
+            Some((to, _)) => to.send(piece).map_err(|_| io::Error::other("the hashing thread is gone")),
+            None => Ok(()),
+        }
+    }
+
+    fn flush_pending(&mut self) -> io::Result<()> {
+        if !self.pending.is_empty() {
+            self.count(self.pending.len() as u64)?;
+            self.out.write_all(&self.pending)?;
+            self.task.advance(self.pending.len() as u64);
+            let full = std::mem::replace(&mut self.pending, Vec::with_capacity(CHUNK));
+            self.send(Piece::Bytes(full))?;
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, len: u64) -> io::Result<()> {
+        self.flush_pending()?;
+        self.count(len)?;
+        self.out.zeros(len)?;
+        self.task.advance(len);
+        self.send(Piece::Zeros(len))
+    }
+
+    fn finish(mut self) -> io::Result<Option<Blob>> {
+        self.flush_pending()?;
+        self.out.flush()?;
+        let Some((to, thread)) = self.hash.take() else { return Ok(None) };
+        drop(to);
+        let (sha256, size) = thread.join().map_err(|_| io::Error::other("the hashing thread panicked"))?;
+        Ok(Some(Blob { sha256, size }))
+    }
+}
+
+impl Write for Tee<'_, '_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let n = buf.len().min(CHUNK - self.pending.len());
+        self.pending.extend_from_slice(&buf[..n]);
+        if self.pending.len() == CHUNK {
+            self.flush_pending()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

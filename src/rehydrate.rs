@@ -1,0 +1,260 @@
+//! Gives artifacts back: picks them, and produces each into the sink that was asked for.
+//!
+//! Order. A disk does not lie in the order of the live rootfs that its base is made of. On a pipe each cluster is
+//! decoded when it is first needed and kept, within the memory, until it is not needed any more (the plan of
+//! [`Cache`]). Into a directory memory is not needed: the base is first written to an unnamed file there, cluster by
+//! cluster, and artifacts are read from it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::produce::{How, Parts, produce};
+use crate::progress::Progress;
+use crate::recipe::{Artifact, Index, SourceSpec};
+use crate::sink::{self, NewFile, Output, Tar};
+use crate::source::cluster::Cache;
+use crate::source::{self, Source};
+use crate::store::{Sources, Store};
+
+/// Where artifacts go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dest {
+    /// Standard output: one artifact as its bytes, several as a tar stream.
+    Stdout,
+    /// Files in a directory, which is made when it is not there.
+    Dir(PathBuf),
+    /// Nowhere: only the digests are checked.
+    Nowhere,
+}
+
+/// Which artifacts; several of these add up.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[group(skip)]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["disks", "iso", "pxe", "all"]))]
+pub struct Which {
+    /// The disk image of a platform, metal4k for the metal one with sectors of 4096 bytes; may be repeated
+    #[arg(long = "disk", value_name = "PLATFORM")]
+    pub disks: Vec<String>,
+    /// The live ISO
+    #[arg(long)]
+    pub iso: bool,
+    /// The live PXE set: kernel, initramfs and rootfs
+    #[arg(long)]
+    pub pxe: bool,
+    /// Everything
+    #[arg(long)]
+    pub all: bool,
+    /// Target architecture [default: this machine's, or the only one there is]
+    #[arg(long)]
+    pub arch: Option<String>,
+}
+
+/// How to rehydrate.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Memory that may be used, in bytes.
+    pub memory: u64,
+    /// Whether to check digests.
+    pub validate: bool,
+    /// Whether to replace files that differ.
+    pub force: bool,
+}
+
+/// The least memory that rehydrating gets along with, in bytes.
+pub const MIN_MEMORY: u64 = 256 << 20;
+
+/// Memory that everything but the cache needs: buffers, decoders, tables. Bytes.
+const OVERHEAD: u64 = 96 << 20;
+
+/// A base of at least this length is written out before artifacts are written into a directory.
+const LARGE_BASE: u64 = 32 << 20;
+
+/// A dehydrated directory with its sources open.
+pub struct Rehydrator {
+    store: Arc<Store>,
+    sources: Sources<'static>,
+    threads: usize,
+}
+
+impl Rehydrator {
+    /// Opens the dehydrated directory `data`, to use at most `memory` bytes.
+    pub fn open(data: &Path, memory: u64) -> Result<Self> {
+        let store = Arc::new(Store::open(data)?);
+        let blobs = store.clone();
+        let cache = Cache::new(memory.max(MIN_MEMORY) - OVERHEAD);
+        let sources = Sources::new(cache, move |blob| blobs.blob(blob));
+        Ok(Self { store, sources, threads: std::thread::available_parallelism().map_or(1, Into::into) })
+    }
+
+    /// The directory.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Its open sources.
+    pub fn sources(&self) -> &Sources<'static> {
+        &self.sources
+    }
+
+    /// The cache that they share.
+    pub fn cache(&self) -> &Cache {
+        self.sources.cache()
+    }
+
+    /// What `artifact` is made of.
+    pub fn parts(&self, artifact: &Artifact) -> Result<Parts> {
+        let index = &self.store.index;
+        let source = self.sources.get(&index.sources, artifact.source)?;
+        let map = artifact.map.map(|blob| self.sources.map(&blob)).transpose()?;
+        Ok(Parts { source, map })
+    }
+
+    /// Writes `artifact` to `out`, and checks it. What is damaged is named in the error.
+    pub fn write(&self, artifact: &Artifact, validate: bool, progress: &Progress, out: &mut dyn Output) -> Result<()> {
+        let name = artifact.label();
+        let task = progress.task(&name, Some(artifact.output.blob.size));
+        let how = How { cache: self.sources.cache(), threads: self.threads, validate, task: &task };
+        let parts = self.parts(artifact).with_context(|| format!("artifact {name}"))?;
+        let result = produce(&name, &parts, &artifact.output.blob, &how, out);
+        let stats = self.sources.cache().stats();
+        tracing::debug!(artifact = name, clusters = stats.clusters, decodes = stats.decodes, "produced");
+        if result.is_ok() {
+            task.finish();
+        }
+        result.map_err(|e| if is_broken_pipe(&e) { e } else { self.diagnose(artifact, e) })
+    }
+
+    /// Adds to `error` which blobs of `artifact` are damaged.
+    fn diagnose(&self, artifact: &Artifact, error: anyhow::Error) -> anyhow::Error {
+        let bad = self.store.index.blobs_of(artifact).iter().find_map(|blob| self.store.verify(blob).err());
+        match bad {
+            Some(bad) => error.context(format!("artifact {}: {bad:#}", artifact.label())),
+            None => error,
+        }
+    }
+
+    /// Writes the large bases that `artifacts` share to unnamed files in `dir`, each cluster of the live rootfs decoded
+    /// once, and reads them from there.
+    fn write_out_bases(&self, artifacts: &[&Artifact], dir: &Path) -> Result<()> {
+        let specs = &self.store.index.sources;
+        let over_rootfs = |i: &usize| {
+            specs[*i].inputs().iter().any(|&input| matches!(specs[input], SourceSpec::Rootfs { .. }))
+        };
+        let needed: BTreeSet<usize> = artifacts.iter().flat_map(|a| self.store.index.sources_of(a)).collect();
+        for i in needed.into_iter().filter(over_rootfs) {
+            let source = self.sources.get(specs, i)?;
+            if source.len() >= LARGE_BASE {
+                let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
+                self.sources.cache().scatter(&*source, &file).with_context(|| format!("source {i} of the index"))?;
+                self.sources.substitute(i, Arc::new(source::File::new(file)?));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether nobody reads what is written: not worth looking for damage.
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().filter_map(|e| e.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Rehydrates what `which` says out of `data` into `dest`.
+pub fn rehydrate(data: &Path, which: &Which, dest: &Dest, options: &Options, progress: &Progress) -> Result<()> {
+    if *dest == Dest::Stdout && io::stdout().is_terminal() {
+        bail!("refusing to write disk images to a terminal; redirect stdout or name a directory");
+    }
+    let rehydrator = Rehydrator::open(data, options.memory)?;
+    let artifacts = select(&rehydrator.store.index, which)?;
+    let write = |artifact: &Artifact, out: &mut dyn Output| {
+        rehydrator.write(artifact, options.validate, progress, out)
+    };
+    match dest {
+        Dest::Stdout => match artifacts[..] {
+            [artifact] => write(artifact, &mut io::stdout()),
+            _ => {
+                let mut tar = Tar::new(io::stdout());
+                for artifact in artifacts {
+                    let file = &artifact.output;
+                    tar.member(&file.name, file.blob.size, |out| write(artifact, out))?;
+                }
+                Ok(tar.finish()?)
+            }
+        },
+        Dest::Nowhere => artifacts.into_iter().try_for_each(|a| write(a, &mut io::sink())),
+        Dest::Dir(dir) => {
+            fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+            let mut missing = Vec::new();
+            for artifact in artifacts {
+                let file = &artifact.output;
+                if sink::is_there(dir, &file.name, &file.blob, options.force)? {
+                    tracing::info!("{} is there already", file.name);
+                } else {
+                    missing.push(artifact);
+                }
+            }
+            rehydrator.write_out_bases(&missing, dir)?;
+            for artifact in missing {
+                let mut file = NewFile::create(dir, &artifact.output.name)?;
+                write(artifact, &mut file)?;
+                file.commit()?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The artifacts of `index` that `which` says; at least one.
+pub fn select<'a>(index: &'a Index, which: &Which) -> Result<Vec<&'a Artifact>> {
+    let Which { disks, iso, pxe, all, .. } = which;
+    let arch = pick_arch(index, which.arch.as_deref())?;
+    let here: Vec<&Artifact> = index.artifacts.iter().filter(|a| a.arch == arch).collect();
+    let wanted = |a: &Artifact| {
+        *all || *iso && a.is_iso() || *pxe && a.is_pxe() || a.disk().is_some_and(|d| disks.iter().any(|p| *p == d))
+    };
+    let missing = |what: &str| format!("{arch}: no {what} in this release");
+    for disk in disks {
+        let has: BTreeSet<String> = here.iter().filter_map(|a| a.disk()).collect();
+        ensure!(
+            has.contains(disk),
+            "{}; it has {}",
+            missing(&format!("disk image for {disk}")),
+            Vec::from_iter(has).join(", ")
+        );
+    }
+    ensure!(!iso || here.iter().any(|a| a.is_iso()), missing("live ISO"));
+    ensure!(!pxe || here.iter().any(|a| a.is_pxe()), missing("live PXE set"));
+    Ok(here.into_iter().filter(|a| wanted(a)).collect())
+}
+
+/// The architecture asked for, or this machine's, or the only one there is.
+pub fn pick_arch<'a>(index: &'a Index, asked: Option<&str>) -> Result<&'a str> {
+    let has = index.architectures();
+    let list = || Vec::from_iter(has.iter().copied()).join(", ");
+    let host = match std::env::consts::ARCH {
+        "powerpc64" => "ppc64le",
+        arch => arch,
+    };
+    match asked {
+        Some(arch) => has
+            .get(arch)
+            .copied()
+            .with_context(|| format!("no artifacts for architecture {arch}; this release has {}", list())),
+        None => match has.len() {
+            1 => Ok(has.first().copied().unwrap_or_default()),
+            _ => has
+                .get(host)
+                .copied()
+                .with_context(|| format!("no artifacts for this machine's architecture, {host}; --arch picks one of {}", list())),
+        },
+    }
+}
+
+/// Prints the stream document to `out`, byte for byte.
+pub fn print_stream(data: &Path, out: &mut dyn Write) -> Result<()> {
+    Ok(out.write_all(&Store::open(data)?.stream()?)?)
+}

@@ -1,0 +1,98 @@
+//! Makes the sources of an index: each once, out of blobs and of the sources before it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::fold::Map;
+use crate::recipe::{Blob, SourceSpec};
+use crate::source::cluster::{Cache, Clustered};
+use crate::source::delta::Delta;
+use crate::source::{self, Concat, Source, Zeros, blob, rootfs};
+
+/// The longest segment map that is read, in bytes.
+const MAX_MAP: u64 = 256 << 20;
+
+/// Opens blobs.
+type OpenBlob<'a> = dyn Fn(&Blob) -> Result<File> + Send + Sync + 'a;
+
+/// The open sources of an index.
+pub struct Sources<'a> {
+    open: Box<OpenBlob<'a>>,
+    cache: Arc<Cache>,
+    made: Mutex<HashMap<usize, Arc<dyn Source>>>,
+}
+
+impl<'a> Sources<'a> {
+    /// Sources whose blobs `open` opens and whose clusters are in `cache`.
+    pub fn new(cache: Arc<Cache>, open: impl Fn(&Blob) -> Result<File> + Send + Sync + 'a) -> Self {
+        Self { open: Box::new(open), cache, made: Mutex::default() }
+    }
+
+    /// The cache that the sources share.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Puts other bytes in the place of source `i`: the same ones, where they are cheaper to read.
+    pub fn substitute(&self, i: usize, source: Arc<dyn Source>) {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(i, source);
+    }
+
+    /// Source `i` of `specs`, which are checked (each made only of those before it).
+    pub fn get(&self, specs: &[SourceSpec], i: usize) -> Result<Arc<dyn Source>> {
+        if let Some(source) = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&i) {
+            return Ok(source.clone());
+        }
+        let source = self.make(specs, &specs[i])?;
+        self.substitute(i, source.clone());
+        Ok(source)
+    }
+
+    /// The segment map that `blob` holds.
+    pub fn map(&self, blob: &Blob) -> Result<Map> {
+        let name = || format!("segment map {}", blob.sha256);
+        let bytes = self.zstd(blob)?;
+        ensure!(bytes.len() <= MAX_MAP, "{}: {} bytes: at most {MAX_MAP} are read", name(), bytes.len());
+        let mut plain = vec![0; bytes.len() as usize];
+        bytes.read_at(0, &mut plain).with_context(name)?;
+        Map::from_bytes(&plain).with_context(name)
+    }
+
+    /// Several sources of `specs` one after the other.
+    pub fn concat(&self, specs: &[SourceSpec], parts: &[usize]) -> Result<Concat> {
+        let parts = parts.iter().map(|&i| self.get(specs, i)).collect::<Result<_>>()?;
+        Ok(Concat::new(parts)?)
+    }
+
+    fn stored(&self, blob: &Blob) -> Result<Arc<dyn Source>> {
+        Ok(Arc::new(source::File::new((self.open)(blob)?)?))
+    }
+
+    /// The plain bytes of a blob of seekable zstd.
+    pub fn zstd(&self, blob: &Blob) -> Result<Clustered> {
+        blob::open(self.stored(blob)?, self.cache.clone()).with_context(|| format!("blob {}", blob.sha256))
+    }
+
+    /// Makes a source that need not be one of `specs`, only be made of them.
+    pub fn make(&self, specs: &[SourceSpec], spec: &SourceSpec) -> Result<Arc<dyn Source>> {
+        let (made, size): (Arc<dyn Source>, u64) = match spec {
+            SourceSpec::Zeros { size } => (Arc::new(Zeros(*size)), *size),
+            SourceSpec::Stored { blob } => (self.stored(blob)?, blob.size),
+            SourceSpec::Zstd { blob, plain_size } => (Arc::new(self.zstd(blob)?), *plain_size),
+            SourceSpec::Delta { blob, plain_size, base } => {
+                let delta = Delta::open(Arc::new(self.zstd(blob)?), Arc::new(self.concat(specs, base)?));
+                (Arc::new(delta.with_context(|| format!("blob {}", blob.sha256))?), *plain_size)
+            }
+            SourceSpec::Rootfs { image, plain_size } => {
+                let image = self.get(specs, *image)?;
+                let (file_system, map) = rootfs::open(image).context("live rootfs")?;
+                (Arc::new(Clustered::new(map, file_system, self.cache.clone())), *plain_size)
+            }
+        };
+        ensure!(made.len() == size, "a source of the index: expected {size} bytes, got {}", made.len());
+        Ok(made)
+    }
+}
