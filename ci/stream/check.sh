@@ -59,12 +59,13 @@ check_file() { # FILE SCRATCH
 unpack() { "$1" -dc "$2" | dd of="$3" conv=sparse bs=1M iflag=fullblock status=none; }
 
 check_rootfs() { # FILE SCRATCH
-    (cd "$2" && cpio -i --quiet <"$1")
-    if [ -e "$2/root.erofs" ]; then
+    mkdir "$2/disk.d"
+    (cd "$2/disk.d" && cpio -i --quiet <"$1")
+    if [ -e "$2/disk.d/root.erofs" ]; then
         # shellcheck disable=SC2086  # a command with arguments
-        ${MKFS_EROFS/mkfs.erofs/fsck.erofs} --extract "$2/root.erofs" >/dev/null
+        ${MKFS_EROFS/mkfs.erofs/fsck.erofs} --extract "$2/disk.d/root.erofs" >/dev/null
     else
-        unsquashfs -q -n -d "$2/root" "$2/root.squashfs" >/dev/null
+        unsquashfs -q -n -d "$2/disk.d/root" "$2/disk.d/root.squashfs" >/dev/null
     fi
 }
 
@@ -81,7 +82,7 @@ check_release() {
     check_document || failed=1
     for file in "$OUT"/builds/*/*/*; do
         [[ $file != *.sig ]] || continue
-        rm -f "$scratch"/disk*
+        rm -rf "$scratch"/disk*
         # In the background, because -e has no effect in the condition of an if.
         check_file "$file" "$scratch" &
         if wait $!; then

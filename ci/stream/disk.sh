@@ -151,7 +151,7 @@ make_root_from_protofile() {
 }
 
 make_root_mounted() {
-    local image=$1 sector=$2 mnt=$image.mnt objects
+    local image=$1 sector=$2 mnt=$1.mnt objects
     objects=$mnt/ostree/repo/objects
     format_root "$image" "$sector"
     mount_partition "$image" 0 $((ROOT_SIZE * MIB)) "$sector" "$mnt"
