@@ -32,15 +32,17 @@ usable_files() {
         \( -type f -perm -004 -o -type l \) -printf '%y %s usr/%P\n'
 }
 
-# Takes packages until the size asked for is reached. No single file may take
-# more than an eighth of it, so that a small release is still made of many files.
+# Takes packages until the size asked for is reached. No single file may take more
+# than a 32nd of it, so that most files are as small as in a real system.
 select_files() {
     local root=$1 bytes=$2
     package_files "$root" | awk -v budget="$bytes" '
         NR == FNR { type[$3] = $1; size[$3] = $2; next }
-        !($1 in type) || seen[$1]++ { next }
+        full || !($1 in type) || seen[$1]++ { next }
         type[$1] == "l" { print; next }
-        size[$1] <= budget / 8 && taken + size[$1] <= budget { taken += size[$1]; print }
+        size[$1] > budget / 32 { next }
+        taken + size[$1] > budget { full = 1; next }
+        { taken += size[$1]; print }
     ' <(usable_files "$root") -
 }
 
