@@ -26,10 +26,11 @@ package_files() {
     fi | sed -E 's,^/,,; s,^(bin|sbin|lib[^/]*)/,usr/&,'
 }
 
-# World-readable files and symlinks of plain name: "TYPE SIZE PATH".
+# World-readable files and symlinks of plain name: "TYPE SIZE PATH". Directories that
+# this user may not read hold none of those, so find's complaints say nothing.
 usable_files() {
     find "$1/usr" -regextype posix-extended -regex "$1/$PLAIN_PATH" \
-        \( -type f -perm -004 -o -type l \) -printf '%y %s usr/%P\n'
+        \( -type f -perm -004 -o -type l \) -printf '%y %s usr/%P\n' 2>/dev/null
 }
 
 # Takes packages until the size asked for is reached. No single file may take more
