@@ -1,0 +1,408 @@
+//! The segment map: how the folded form is made of the plain stream, and the bytes it is stored as.
+//!
+//! # Encoding, version 1 (frozen)
+//!
+//! `varint` is an unsigned LEB128 of at most 64 bits. Everything else is a single byte or a run of bytes.
+//!
+//! ```text
+//! map       version(1 byte: 1)  params-count(varint)  params*  level(0)  "end." (4 bytes); nothing follows
+//! params    wrap(1: 0 raw, 1 zlib)  level(1: 1..9)  window-bits(1: 9..15)  mem-level(1: 1..9)
+//! level(d)  folded-len(varint)  segment-count(varint)
+//!           kind(1 byte) per segment
+//!           len(varint)  per segment of kind 0
+//!           len(varint)  per segment of any other kind
+//!           side-data    per segment of any kind but 0, in order
+//! ```
+//!
+//! Lengths stand in columns because those of one kind resemble each other; whoever stores a map compresses it. The
+//! segments of a level, one after the other, make its folded bytes, `folded-len` in all:
+//!
+//! | kind | segment | len | side data |
+//! | --- | --- | --- | --- |
+//! | 0 | *stored*: the next bytes of the plain stream as they are | their number, ≥ 1 | – |
+//! | 1 | *preflate*: a raw deflate stream | of its plain bytes, ≤ 4 MiB | length of the deflate stream(varint); corrections: length(varint), bytes |
+//! | 2 | *zlib stream*: what zlib makes of the folded bytes of a nested level | of the stream | number of params(varint), level(d+1) |
+//! | 3 | *pieced stream*: a raw deflate stream made piece by piece of the folded bytes of a nested level | of the stream | piece-count(varint), pieces, level(d+1) |
+//! | 4 + n | *zlib*: what zlib with params n makes | of its plain bytes, ≤ 4 MiB | – |
+//!
+//! ```text
+//! piece     plain-len(varint)  bits(varint)  tag(1: 0 verbatim, 1 preflate)  length(varint)  bytes
+//! ```
+//!
+//! A piece is `bits` bits of the stream, which are those of its bytes (tag 0, the first bit being the lowest of the
+//! first byte) or those which preflate makes of its plain bytes and its corrections (tag 1; see `preflate.rs`). The
+//! pieces follow each other bit by bit; the last byte is filled up with zeros.
+//!
+//! Levels nest at most [`MAX_DEPTH`] deep. A map has at most [`MAX_SEGMENTS`] segments, counting pieces, and
+//! [`MAX_MAP`] bytes.
+
+use std::io;
+
+use super::scan::MAX_DEPTH;
+use super::zlib::{Params, Wrap};
+
+/// The longest map that is read or made, in bytes. That of a VMDK of 10 GiB has about 200 KB.
+pub const MAX_MAP: usize = 64 << 20;
+/// The most segments and pieces in a map: what 64 GiB of 64 KiB grains need, and what is between them.
+pub(super) const MAX_SEGMENTS: usize = 1 << 21;
+/// The longest plain bytes of a deflate stream that is held in memory: qcow2 clusters have up to 2 MiB.
+pub(super) const MAX_SMALL: u64 = 4 << 20;
+/// The longest plain bytes, and the longest deflated bytes, of a piece of a long stream.
+pub(super) const MAX_PIECE: u64 = 32 << 20;
+
+const VERSION: u8 = 1;
+const END: &[u8] = b"end.";
+/// Kinds from 4 on are numbers of params.
+const MAX_PARAMS: usize = 252;
+
+/// How a form is folded; see the module's text for what is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Map {
+    pub(super) segments: Vec<Segment>,
+    pub(super) plain_len: u64,
+    pub(super) folded_len: u64,
+}
+
+/// A run of the folded form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Segment {
+    /// Bytes of the plain stream as they are.
+    Stored(u64),
+    /// A deflate stream made in memory.
+    Small { plain_len: u32, encoder: Encoder },
+    /// A long deflate stream made of a nested map's folded bytes.
+    Stream { folded_len: u64, encoder: StreamEncoder, inner: Box<Map> },
+}
+
+/// Makes a deflate stream of bytes in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Encoder {
+    Zlib(Params),
+    /// A raw stream of so many bits, with these corrections.
+    Preflate { corrections: Vec<u8>, bits: u32 },
+}
+
+/// Makes a deflate stream of a stream of bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum StreamEncoder {
+    Zlib(Params),
+    Pieces(Vec<Piece>),
+}
+
+/// A run of whole blocks of a long deflate stream.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Piece {
+    pub(super) plain_len: u32,
+    /// How many bits of the stream it is.
+    pub(super) bits: u32,
+    pub(super) how: How,
+}
+
+/// Where the bits of a [`Piece`] come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum How {
+    /// These are the bits.
+    Verbatim(Vec<u8>),
+    /// Preflate makes them, with these corrections.
+    Preflate(Vec<u8>),
+}
+
+fn bad(what: impl std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("segment map: {what}"))
+}
+
+impl Map {
+    /// The length of the plain stream, in bytes.
+    pub fn plain_len(&self) -> u64 {
+        self.plain_len
+    }
+
+    /// The length of the folded form, in bytes.
+    pub fn folded_len(&self) -> u64 {
+        self.folded_len
+    }
+
+    /// The bytes of the map.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut params = Vec::new();
+        self.collect_params(&mut params);
+        let mut out = vec![VERSION];
+        put(&mut out, params.len() as u64);
+        for p in &params {
+            out.extend([u8::from(p.wrap == Wrap::Zlib), p.level, p.window_bits, p.mem_level]);
+        }
+        self.put_level(&params, &mut out);
+        out.extend(END);
+        out
+    }
+
+    fn collect_params(&self, params: &mut Vec<Params>) {
+        for segment in &self.segments {
+            if let Segment::Small { encoder: Encoder::Zlib(p), .. }
+            | Segment::Stream { encoder: StreamEncoder::Zlib(p), .. } = segment
+                && !params.contains(p)
+            {
+                params.push(*p);
+            }
+            if let Segment::Stream { inner, .. } = segment {
+                inner.collect_params(params);
+            }
+        }
+    }
+
+    fn put_level(&self, params: &[Params], out: &mut Vec<u8>) {
+        let number = |p| params.iter().position(|q| q == p).unwrap_or_default();
+        put(out, self.folded_len);
+        put(out, self.segments.len() as u64);
+        out.extend(self.segments.iter().map(|segment| match segment {
+            Segment::Stored(_) => 0,
+            Segment::Small { encoder: Encoder::Preflate { .. }, .. } => 1,
+            Segment::Stream { encoder: StreamEncoder::Zlib(_), .. } => 2,
+            Segment::Stream { encoder: StreamEncoder::Pieces(_), .. } => 3,
+            Segment::Small { encoder: Encoder::Zlib(p), .. } => 4 + number(p) as u8,
+        }));
+        for segment in &self.segments {
+            if let Segment::Stored(len) = segment {
+                put(out, *len);
+            }
+        }
+        for segment in &self.segments {
+            match segment {
+                Segment::Stored(_) => {}
+                Segment::Small { plain_len, .. } => put(out, u64::from(*plain_len)),
+                Segment::Stream { folded_len, .. } => put(out, *folded_len),
+            }
+        }
+        for segment in &self.segments {
+            match segment {
+                Segment::Small { encoder: Encoder::Preflate { corrections, bits }, .. } => {
+                    put(out, u64::from(*bits) / 8);
+                    put_bytes(out, corrections);
+                }
+                Segment::Stream { encoder, inner, .. } => {
+                    match encoder {
+                        StreamEncoder::Zlib(p) => put(out, number(p) as u64),
+                        StreamEncoder::Pieces(pieces) => {
+                            put(out, pieces.len() as u64);
+                            for piece in pieces {
+                                put(out, piece.plain_len.into());
+                                put(out, piece.bits.into());
+                                let (tag, bytes) = match &piece.how {
+                                    How::Verbatim(bytes) => (0, bytes),
+                                    How::Preflate(bytes) => (1, bytes),
+                                };
+                                out.push(tag);
+                                put_bytes(out, bytes);
+                            }
+                        }
+                    }
+                    inner.put_level(params, out);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads a map and checks it: every length is bounded, every encoder is one that zlib takes, and the lengths add
+    /// up without overflow. Whether it makes the right bytes only a digest can tell.
+    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        if bytes.len() > MAX_MAP {
+            return Err(bad(format!("{} bytes, at most {MAX_MAP} are read", bytes.len())));
+        }
+        let mut input = Input { bytes, segments_left: MAX_SEGMENTS, params: Vec::new() };
+        let version = input.byte()?;
+        if version != VERSION {
+            return Err(bad(format!("version {version}, this program reads version {VERSION}")));
+        }
+        for _ in 0..input.bounded("number of encoders", MAX_PARAMS as u64)? {
+            let params = Params {
+                wrap: match input.byte()? {
+                    0 => Wrap::Raw,
+                    1 => Wrap::Zlib,
+                    other => return Err(bad(format!("unknown wrap {other}"))),
+                },
+                level: input.byte()?,
+                window_bits: input.byte()?,
+                mem_level: input.byte()?,
+            };
+            if !params.valid() {
+                return Err(bad(format!("no zlib parameters: {params:?}")));
+            }
+            input.params.push(params);
+        }
+        let map = input.level(0)?;
+        if input.bytes != END {
+            return Err(bad("no end marker where it ends"));
+        }
+        Ok(map)
+    }
+}
+
+/// Appends a varint.
+fn put(out: &mut Vec<u8>, mut n: u64) {
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put(out, bytes.len() as u64);
+    out.extend(bytes);
+}
+
+/// What is left to read of a map.
+struct Input<'a> {
+    bytes: &'a [u8],
+    segments_left: usize,
+    params: Vec<Params>,
+}
+
+impl<'a> Input<'a> {
+    fn take(&mut self, n: usize) -> io::Result<&'a [u8]> {
+        let (taken, rest) = self.bytes.split_at_checked(n).ok_or_else(|| bad("cut short"))?;
+        self.bytes = rest;
+        Ok(taken)
+    }
+
+    fn byte(&mut self) -> io::Result<u8> {
+        Ok(self.take(1)?[0])
+    }
+
+    fn varint(&mut self) -> io::Result<u64> {
+        let mut n = 0;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            let bits = u64::from(byte & 0x7f);
+            // The tenth byte has room for one bit.
+            if shift == 63 && bits > 1 {
+                break;
+            }
+            n |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Ok(n);
+            }
+        }
+        Err(bad("a number of more than 64 bits"))
+    }
+
+    fn bounded(&mut self, what: &str, max: u64) -> io::Result<u64> {
+        match self.varint()? {
+            n if n <= max => Ok(n),
+            n => Err(bad(format!("{what} is {n}, at most {max}"))),
+        }
+    }
+
+    fn counted(&mut self, what: &str) -> io::Result<usize> {
+        let n = self.bounded(what, self.segments_left as u64)? as usize;
+        self.segments_left -= n;
+        Ok(n)
+    }
+
+    fn run(&mut self) -> io::Result<Vec<u8>> {
+        let len = self.bounded("length of side data", self.bytes.len() as u64)?;
+        Ok(self.take(len as usize)?.to_vec())
+    }
+
+    fn level(&mut self, depth: u32) -> io::Result<Map> {
+        if depth > MAX_DEPTH {
+            return Err(bad(format!("nested more than {MAX_DEPTH} deep")));
+        }
+        let folded_len = self.varint()?;
+        let count = self.counted("number of segments")?;
+        let kinds = self.take(count)?;
+        let mut segments = Vec::with_capacity(count);
+        let mut stored = Vec::new();
+        for _ in kinds.iter().filter(|&&kind| kind == 0) {
+            stored.push(match self.varint()? {
+                0 => return Err(bad("an empty segment")),
+                n => n,
+            });
+        }
+        let mut lens = Vec::new();
+        for &kind in kinds.iter().filter(|&&kind| kind != 0) {
+            lens.push(self.bounded("length", if kind == 2 || kind == 3 { u64::MAX } else { MAX_SMALL })?);
+        }
+        let (mut stored, mut lens) = (stored.into_iter(), lens.into_iter());
+        for &kind in kinds {
+            let len = if kind == 0 { stored.next() } else { lens.next() }.unwrap_or_default();
+            segments.push(match kind {
+                0 => Segment::Stored(len),
+                1 => {
+                    let bits = self.bounded("length of a deflate stream", 2 * MAX_SMALL)? as u32 * 8;
+                    let encoder = Encoder::Preflate { corrections: self.run()?, bits };
+                    Segment::Small { plain_len: len as u32, encoder }
+                }
+                2 | 3 => {
+                    let encoder = if kind == 2 {
+                        let n = self.varint()?;
+                        StreamEncoder::Zlib(self.param(n)?)
+                    } else {
+                        StreamEncoder::Pieces(self.pieces()?)
+                    };
+                    let inner = Box::new(self.level(depth + 1)?);
+                    if let StreamEncoder::Pieces(pieces) = &encoder {
+                        let plain = pieces.iter().map(|p| u64::from(p.plain_len)).sum::<u64>();
+                        let bits = pieces.iter().map(|p| u64::from(p.bits)).sum::<u64>();
+                        if plain != inner.folded_len || bits.div_ceil(8) != len {
+                            return Err(bad("the pieces of a stream do not add up to it"));
+                        }
+                    }
+                    Segment::Stream { folded_len: len, encoder, inner }
+                }
+                n => Segment::Small {
+                    plain_len: len as u32,
+                    encoder: Encoder::Zlib(self.param(u64::from(n) - 4)?),
+                },
+            });
+        }
+        Map::new(segments, folded_len)
+    }
+
+    fn param(&self, n: u64) -> io::Result<Params> {
+        let params = usize::try_from(n).ok().and_then(|n| self.params.get(n));
+        params.copied().ok_or_else(|| bad(format!("no encoder {n}")))
+    }
+
+    fn pieces(&mut self) -> io::Result<Vec<Piece>> {
+        let count = self.counted("number of pieces")?;
+        let mut pieces = Vec::new();
+        for _ in 0..count {
+            let plain_len = self.bounded("length of a piece", MAX_PIECE)? as u32;
+            let bits = self.bounded("bits of a piece", MAX_PIECE * 8)? as u32;
+            let how = match self.byte()? {
+                0 => How::Verbatim(self.run()?),
+                1 => How::Preflate(self.run()?),
+                tag => return Err(bad(format!("unknown tag {tag} of a piece"))),
+            };
+            pieces.push(Piece { plain_len, bits, how });
+        }
+        Ok(pieces)
+    }
+}
+
+impl Map {
+    /// A level of these segments; an error when their plain lengths overflow.
+    pub(super) fn new(segments: Vec<Segment>, folded_len: u64) -> io::Result<Self> {
+        let plain_len = segments.iter().try_fold(0u64, |sum, segment| {
+            sum.checked_add(match segment {
+                Segment::Stored(len) => *len,
+                Segment::Small { plain_len, .. } => u64::from(*plain_len),
+                Segment::Stream { inner, .. } => inner.plain_len,
+            })
+        });
+        Ok(Self { segments, folded_len, plain_len: plain_len.ok_or_else(|| bad("the lengths overflow"))? })
+    }
+
+    /// How many segments and pieces there are in all.
+    pub(super) fn count(&self) -> usize {
+        self.segments.iter().fold(self.segments.len(), |n, segment| match segment {
+            Segment::Stream { encoder, inner, .. } => {
+                let pieces = if let StreamEncoder::Pieces(p) = encoder { p.len() } else { 0 };
+                n + pieces + inner.count()
+            }
+            _ => n,
+        })
+    }
+}

@@ -1,0 +1,385 @@
+//! Long deflate streams: what does not fit in memory, such as the one of a gzip file.
+//!
+//! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib is tried first, every
+//! candidate at once, each for as long as it makes the right bytes. When none does to the end, the stream is cut into
+//! pieces, which [`preflate`] analyses. Both encoders work on pieces of fixed length, so that they get their input in
+//! the same way each time.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::deflate::candidates;
+use super::map::{self, How, MAX_PIECE, Piece, StreamEncoder};
+use super::preflate::{self, WINDOW, keep_bits};
+use super::zlib::{Deflate, Inflate, Params, Stop, Wrap};
+use crate::io::{SparseWriter, is_zero, scratch_file};
+use crate::source::{File, Source};
+
+/// A piece ends with the first block after this many bytes of the stream, or plain bytes. `preflate-rs` takes about eight bytes
+/// of memory for each byte of the stream, and a run of zeros is a thousand times longer than its stream.
+const PIECE_FOLDED: u64 = 1 << 20;
+const PIECE_PLAIN: u64 = 4 << 20;
+/// The plain bytes of the pieces that are worked on at a time.
+const BATCH: usize = 16 << 20;
+/// Plain bytes are given to zlib in parts of this length.
+const FEED: usize = 64 << 10;
+/// The longest plain bytes of a stream; a longer one is taken for a decompression bomb and left alone.
+const MAX_PLAIN: u64 = 1 << 40;
+/// Corrections longer than this part of the stream are not worth it.
+const MAX_CORRECTIONS: u64 = 3;
+
+/// A place between two blocks.
+#[derive(Clone, Copy, Default)]
+struct Cut {
+    /// In bits from the start of the stream.
+    bit: u64,
+    /// In bytes from the start of its plain bytes.
+    plain: u64,
+}
+
+/// A decoded stream.
+pub(super) struct Inflated {
+    /// Its plain bytes, in a file.
+    pub(super) plain: File,
+    /// How long it was.
+    pub(super) folded_len: u64,
+    /// Where the pieces end; the last one at the end.
+    cuts: Vec<Cut>,
+}
+
+/// Decodes the raw deflate stream that starts at `start` of `source` and ends before `end`. `None` when it is damaged,
+/// not all there, or in blocks too long to cut.
+pub(super) fn inflate(
+    source: &dyn Source,
+    start: u64,
+    end: u64,
+    scratch: &Path,
+) -> io::Result<Option<Inflated>> {
+    let mut decoder = Inflate::new(Wrap::Raw)?;
+    let mut out = SparseWriter::new(scratch_file(scratch)?);
+    let (mut input, mut output) = (vec![0; 1 << 18], vec![0; 1 << 18]);
+    let mut held = 0..0;
+    let mut read = start;
+    let mut now = Cut::default();
+    let mut cuts = Vec::new();
+    let mut last = Cut::default();
+    loop {
+        if held.is_empty() {
+            let n = (end - read).min(input.len() as u64);
+            source.read_at(read, &mut input[..n as usize])?;
+            read += n;
+            held = 0..n as usize;
+        }
+        let Ok(step) = decoder.run(&input[held.clone()], &mut output, true) else { return Ok(None) };
+        out.write_all(&output[..step.produced])?;
+        held.start += step.consumed;
+        now.plain += step.produced as u64;
+        let consumed = read - start - held.len() as u64;
+        if step.consumed == 0 && step.produced == 0 && step.stop == Stop::Starved && read == end {
+            return Ok(None);
+        }
+        now.bit = consumed * 8 - if let Stop::Block(unused) = step.stop { u64::from(unused) } else { 0 };
+        let (folded, plain) = ((now.bit - last.bit) / 8, now.plain - last.plain);
+        if folded > MAX_PIECE || plain > MAX_PIECE || now.plain > MAX_PLAIN {
+            return Ok(None);
+        }
+        match step.stop {
+            Stop::Starved => {}
+            Stop::Block(_) => {
+                if folded >= PIECE_FOLDED || plain >= PIECE_PLAIN {
+                    cuts.push(now);
+                    last = now;
+                }
+            }
+            Stop::End => {
+                // The end comes once more after the last block, which may have been cut off already.
+                cuts.pop_if(|cut| cut.bit.next_multiple_of(8) == now.bit && cut.plain == now.plain);
+                cuts.push(now);
+                let plain = File::new(out.finish()?)?;
+                return Ok(Some(Inflated { plain, folded_len: consumed, cuts }));
+            }
+        }
+    }
+}
+
+/// Finds what makes the stream at `start` of `source` of its plain bytes, in at most `max_pieces` pieces.
+pub(super) fn find_encoder(
+    source: &dyn Source,
+    start: u64,
+    stream: &Inflated,
+    max_pieces: usize,
+) -> io::Result<Option<StreamEncoder>> {
+    if let Some(params) = find_params(source, start, stream)? {
+        return Ok(Some(StreamEncoder::Zlib(params)));
+    }
+    if stream.cuts.len() > max_pieces {
+        return Ok(None);
+    }
+    Ok(find_pieces(source, start, stream)?.map(StreamEncoder::Pieces))
+}
+
+/// The parameters with which zlib makes the stream.
+fn find_params(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<Params>> {
+    // Each with how much of the stream it has made.
+    let mut alive = Vec::new();
+    for params in candidates(Wrap::Raw) {
+        alive.push((params, Deflate::new(params)?, 0u64));
+    }
+    let (mut feed, mut made, mut wanted) = (vec![0; FEED], Vec::new(), Vec::new());
+    let mut pos = 0;
+    loop {
+        let part = &mut feed[..(stream.plain.len() - pos).min(FEED as u64) as usize];
+        stream.plain.read_at(pos, part)?;
+        pos += part.len() as u64;
+        let finish = pos == stream.plain.len();
+        let mut i = 0;
+        while let Some((_, deflate, done)) = alive.get_mut(i) {
+            made.clear();
+            deflate.run(part, finish, &mut made)?;
+            let end = *done + made.len() as u64;
+            let right = end <= stream.folded_len && {
+                wanted.resize(made.len(), 0);
+                source.read_at(start + *done, &mut wanted)?;
+                made == wanted && (!finish || end == stream.folded_len)
+            };
+            *done = end;
+            if right {
+                i += 1;
+            } else {
+                alive.swap_remove(i);
+            }
+        }
+        if alive.is_empty() || finish {
+            return Ok(alive.first().map(|(params, ..)| *params));
+        }
+    }
+}
+
+/// A piece as it is worked on, with its bytes in memory.
+struct Loaded {
+    /// The plain bytes, with those of the window before them.
+    plain: Vec<u8>,
+    window: usize,
+    deflated: Vec<u8>,
+    bits: u32,
+    phase: u8,
+    last: bool,
+}
+
+impl Loaded {
+    fn piece(&self) -> preflate::Piece<'_> {
+        let (window, plain) = self.plain.split_at(self.window);
+        preflate::Piece { window, plain, phase: self.phase, last: self.last }
+    }
+}
+
+/// The pieces of the stream, each with its corrections. `None` when those are too long.
+fn find_pieces(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<Vec<Piece>>> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut side = 0;
+    let mut from = Cut::default();
+    // A long run of zeros is the same few pieces over and over.
+    let mut zeros: HashMap<(u8, Vec<u8>), How> = HashMap::new();
+    let mut cuts = &stream.cuts[..];
+    while !cuts.is_empty() {
+        let mut batch = Vec::new();
+        let mut room = BATCH as u64;
+        while let Some((&to, rest)) = cuts.split_first() {
+            if !batch.is_empty() && room < to.plain - from.plain {
+                break;
+            }
+            room = room.saturating_sub(to.plain - from.plain);
+            let window = from.plain.min(WINDOW as u64);
+            let mut plain = vec![0; (to.plain - from.plain + window) as usize];
+            stream.plain.read_at(from.plain - window, &mut plain)?;
+            let mut deflated = vec![0; (to.bit.div_ceil(8) - from.bit / 8) as usize];
+            source.read_at(start + from.bit / 8, &mut deflated)?;
+            let bits = (to.bit - from.bit) as u32;
+            let phase = (from.bit % 8) as u8;
+            keep_bits(&mut deflated, phase, bits);
+            let last = rest.is_empty();
+            batch.push(Loaded { plain, window: window as usize, deflated, bits, phase, last });
+            cuts = rest;
+            from = to;
+        }
+        let made: Vec<_> = batch
+            .into_par_iter()
+            .map(|loaded| {
+                let zero = is_zero(&loaded.plain) && !loaded.last && loaded.window == WINDOW;
+                let key = zero.then(|| (loaded.phase, loaded.deflated.clone()));
+                let how = key.as_ref().and_then(|key| zeros.get(key)).cloned().unwrap_or_else(|| {
+                    match preflate::analyse(loaded.piece(), &loaded.deflated, loaded.bits) {
+                        Some(corrections) => How::Preflate(corrections),
+                        None => How::Verbatim(loaded.deflated.clone()),
+                    }
+                });
+                let plain_len = (loaded.plain.len() - loaded.window) as u32;
+                (Piece { plain_len, bits: loaded.bits, how }, key)
+            })
+            .collect();
+        for (piece, key) in made {
+            side += match &piece.how {
+                How::Verbatim(bytes) | How::Preflate(bytes) => bytes.len() as u64,
+            };
+            if let Some(key) = key {
+                zeros.insert(key, piece.how.clone());
+            }
+            pieces.push(piece);
+        }
+        if side > (from.bit / 8 / MAX_CORRECTIONS).max(1 << 16) || side > map::MAX_MAP as u64 / 4 {
+            return Ok(None);
+        }
+    }
+    Ok(Some(pieces))
+}
+
+/// Makes the stream of the plain bytes written to it.
+pub(super) enum StreamWriter<'a> {
+    Zlib { deflate: Deflate, feed: Vec<u8>, out: &'a mut dyn Write },
+    Pieces(PieceWriter<'a>),
+}
+
+impl<'a> StreamWriter<'a> {
+    pub(super) fn new(encoder: &'a StreamEncoder, out: &'a mut dyn Write) -> io::Result<Self> {
+        Ok(match encoder {
+            StreamEncoder::Zlib(params) => {
+                Self::Zlib { deflate: Deflate::new(*params)?, feed: Vec::new(), out }
+            }
+            StreamEncoder::Pieces(pieces) => Self::Pieces(PieceWriter {
+                pieces,
+                held: Vec::new(),
+                window: 0,
+                phase: 0,
+                carry: 0,
+                zeros: HashMap::new(),
+                out,
+            }),
+        })
+    }
+
+    /// Ends the stream.
+    pub(super) fn finish(self) -> io::Result<()> {
+        match self {
+            Self::Zlib { mut deflate, feed, out } => {
+                let mut made = Vec::new();
+                deflate.run(&feed, true, &mut made)?;
+                out.write_all(&made)
+            }
+            Self::Pieces(mut writer) => {
+                while !writer.pieces.is_empty() {
+                    writer.encode()?;
+                }
+                if writer.phase != 0 { writer.out.write_all(&[writer.carry]) } else { Ok(()) }
+            }
+        }
+    }
+}
+
+impl Write for StreamWriter<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Zlib { deflate, feed, out } => {
+                // One part is always kept back: the last one is given with the end of the stream.
+                let mut made = Vec::new();
+                feed.extend(buf);
+                while feed.len() > FEED {
+                    deflate.run(&feed[..FEED], false, &mut made)?;
+                    feed.drain(..FEED);
+                }
+                out.write_all(&made)?;
+            }
+            Self::Pieces(writer) => {
+                writer.held.extend(buf);
+                while writer.held.len() - writer.window >= BATCH && writer.encode()? {}
+            }
+        }
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+pub(super) struct PieceWriter<'a> {
+    /// The pieces still to be made.
+    pieces: &'a [Piece],
+    /// The window and the plain bytes after it that were not used yet.
+    held: Vec<u8>,
+    window: usize,
+    /// How many bits of the byte after the last one written are known, and which they are.
+    phase: u8,
+    carry: u8,
+    /// Pieces of zeros, as in [`find_pieces`].
+    zeros: HashMap<(u8, &'a Piece), Vec<u8>>,
+    out: &'a mut dyn Write,
+}
+
+/// How many different pieces of zeros are remembered: one for each phase, and some.
+const MAX_ZEROS: usize = 16;
+
+impl PieceWriter<'_> {
+    /// Makes the pieces whose plain bytes are all there, at most a batch. Whether there were any.
+    fn encode(&mut self) -> io::Result<bool> {
+        let mut jobs = Vec::new();
+        let (mut pos, mut phase) = (self.window, self.phase);
+        for (i, piece) in self.pieces.iter().enumerate() {
+            let end = pos + piece.plain_len as usize;
+            if end > self.held.len() || (pos - self.window > BATCH) {
+                break;
+            }
+            let window = &self.held[pos.saturating_sub(WINDOW)..pos];
+            let last = i + 1 == self.pieces.len();
+            jobs.push((piece, preflate::Piece { window, plain: &self.held[pos..end], phase, last }));
+            pos = end;
+            phase = ((u32::from(phase) + piece.bits % 8) % 8) as u8;
+        }
+        let made: Vec<(bool, io::Result<Vec<u8>>)> = jobs
+            .par_iter()
+            .map(|(piece, plain)| {
+                let zero = !plain.last && plain.window.len() == WINDOW && is_zero(plain.window) && is_zero(plain.plain);
+                if zero && let Some(known) = self.zeros.get(&(plain.phase, *piece)) {
+                    return (zero, Ok(known.clone()));
+                }
+                (zero, make(piece, *plain))
+            })
+            .collect();
+        let count = jobs.len();
+        for ((zero, bytes), (piece, plain)) in made.into_iter().zip(jobs) {
+            let mut bytes = bytes?;
+            if zero && self.zeros.len() < MAX_ZEROS {
+                self.zeros.entry((plain.phase, piece)).or_insert_with(|| bytes.clone());
+            }
+            if let Some(first) = bytes.first_mut() {
+                *first |= self.carry;
+                self.phase = ((u32::from(self.phase) + piece.bits % 8) % 8) as u8;
+                self.carry = if self.phase != 0 { bytes.pop().unwrap_or_default() } else { 0 };
+            }
+            self.out.write_all(&bytes)?;
+        }
+        self.pieces = &self.pieces[count..];
+        self.held.drain(..pos.saturating_sub(WINDOW));
+        self.window = pos.min(WINDOW);
+        Ok(count > 0)
+    }
+}
+
+/// The bits of a piece.
+fn make(piece: &Piece, plain: preflate::Piece<'_>) -> io::Result<Vec<u8>> {
+    match &piece.how {
+        How::Preflate(corrections) => preflate::recreate(plain, corrections, piece.bits),
+        How::Verbatim(bytes) => {
+            let mut bytes = bytes.clone();
+            let before = bytes.len();
+            keep_bits(&mut bytes, plain.phase, piece.bits);
+            if bytes.len() == before && (u64::from(plain.phase) + u64::from(piece.bits)).div_ceil(8) == before as u64 {
+                Ok(bytes)
+            } else {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "fold: a verbatim piece of another length than its bits"))
+            }
+        }
+    }
+}
