@@ -17,21 +17,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::catalog::{Catalog, Item};
+use crate::catalog::{Catalog, Item, check_file_name};
 use crate::digest::Digest;
 use crate::fold::{self, Map};
 use crate::io::scratch_file;
 use crate::produce::{How, Parts, produce};
 use crate::progress::Progress;
 use crate::recipe::{
-    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled, check_file_name,
+    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled
 };
 use crate::source::cluster::{Cache, Clustered};
 use crate::source::delta::Base;
 use crate::source::{self, Source, blob, rootfs};
 use crate::store::{self, Sources, Writer};
-use crate::stream::Stream;
-use crate::workdir::Workdir;
+use crate::stream::MAX_STREAM;
+use crate::workdir::{Workdir, read_limited};
 
 /// How large and how fast.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -74,8 +74,8 @@ const PROOF_CACHE: u64 = 64 << 20;
 
 /// Dehydrates what is in `workdir` and returns the index of what was made.
 pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> Result<Index> {
-    let document = workdir.read_stream_bytes()?;
-    let stream = Stream::parse(&document)?;
+    let stream = workdir.read_stream()?;
+    let document = read_limited(&workdir.stream(), MAX_STREAM)?;
     let catalog = Catalog::new(&stream)?.only(&options.arch)?;
     let writer = Writer::create(&workdir.dehydrated())?;
     let blob = writer.file(store::STREAM, &document)?;

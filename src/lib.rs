@@ -8,9 +8,27 @@
 //!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
+pub mod catalog;
 pub mod cli;
+pub mod dehydrate;
 pub mod digest;
+pub mod download;
+pub mod extract;
 pub mod fold;
+pub mod http;
+pub mod inspect;
 pub mod io;
+pub mod memory;
+pub mod oci;
+pub mod openpgp;
+pub mod produce;
+pub mod progress;
 pub mod recipe;
+pub mod rehydrate;
+pub mod report;
+pub mod sink;
 pub mod source;
+pub mod store;
+pub mod stream;
+pub mod verify;
+pub mod workdir;

@@ -6,8 +6,11 @@
 
 pub mod blob;
 pub mod cluster;
+mod decode;
 pub mod delta;
 pub mod erofs;
+pub mod files;
+pub mod rootfs;
 pub mod squashfs;
 
 use std::io::{self, Read, Seek, SeekFrom};
