@@ -4,30 +4,18 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::progress::Mode;
+
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
 #[command(name = "rehydrator", version, propagate_version = true)]
 pub struct Cli {
     /// How progress is shown on stderr
     #[arg(long, global = true, value_enum, default_value_t, value_name = "HOW")]
-    pub progress: ProgressMode,
+    pub progress: Mode,
     /// What to do
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// How progress is shown; always on stderr.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ProgressMode {
-    /// Bars on a terminal, a line every few seconds otherwise
-    #[default]
-    Auto,
-    /// A line every few seconds
-    Plain,
-    /// One JSON object a line
-    Json,
-    /// Nothing
-    None,
 }
 
 #[derive(Debug, Subcommand)]

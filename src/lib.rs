@@ -8,8 +8,15 @@
 //!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
+pub mod catalog;
 pub mod cli;
 pub mod digest;
+pub mod download;
+pub mod http;
 pub mod io;
+pub mod openpgp;
+pub mod progress;
 pub mod recipe;
 pub mod source;
+pub mod stream;
+pub mod workdir;

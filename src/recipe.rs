@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::{check_file_name, label};
 use crate::digest::Digest;
 
 /// The format this program writes, and the only one it reads.
@@ -118,15 +119,6 @@ impl Artifact {
     /// A short name for messages: `openstack`, `metal iso`, `metal pxe rootfs`.
     pub fn label(&self) -> String {
         label(&self.platform, &self.format, &self.file)
-    }
-}
-
-/// A short name for messages: the platform where that says it all, `metal iso`, `metal pxe rootfs` otherwise.
-pub fn label(platform: &str, format: &str, file: &str) -> String {
-    match (platform, file) {
-        ("metal", "disk") => format!("{platform} {format}"),
-        (_, "disk") => platform.to_string(),
-        _ => format!("{platform} {format} {file}"),
     }
 }
 
@@ -273,18 +265,4 @@ impl Index {
     pub fn architectures(&self) -> BTreeSet<&str> {
         self.artifacts.iter().map(|a| a.arch.as_str()).collect()
     }
-}
-
-/// Refuses a file name that is not a single, harmless path component. Names come from stream documents and indexes
-/// and become names of files.
-pub fn check_file_name(name: &str) -> Result<()> {
-    ensure!(
-        !name.is_empty()
-            && name.len() <= 255
-            && name != "."
-            && name != ".."
-            && !name.contains(|c: char| c == '/' || c == '\\' || c.is_control()),
-        "not a file name: {name:?}"
-    );
-    Ok(())
 }
