@@ -1,0 +1,186 @@
+//! OpenPGP: checks the detached signatures that upstream makes of what it publishes.
+//!
+//! A key counts as it was when the signature was made: one that has expired since, or has been retired (revoked as
+//! superseded or no longer used), is good for what it signed before. One revoked for any other reason, such as being
+//! compromised or none given, is good for nothing, because whoever holds it can sign with any date.
+//!
+//! Algorithms are judged by today's standard policy of sequoia, whatever date a signature claims: no MD5 and no SHA-1,
+//! neither in the signature nor in what binds a key, and no RSA below 2048 bits. All signed streams have used RSA 4096
+//! and SHA-256 for many years, so that there is no old signature to make an exception for.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use sequoia_openpgp as openpgp;
+
+use openpgp::cert::amalgamation::ValidAmalgamation;
+use openpgp::cert::{Cert, CertParser};
+use openpgp::parse::Parse;
+use openpgp::parse::stream::{
+    DetachedVerifierBuilder, MessageLayer, MessageStructure, VerificationError, VerificationHelper,
+};
+use openpgp::policy::StandardPolicy;
+use openpgp::types::RevocationStatus;
+use openpgp::{Fingerprint, KeyHandle};
+
+/// The longest signature that is read, in bytes. One of RSA 4096 has 566.
+pub const MAX_SIGNATURE: u64 = 64 << 10;
+
+/// The longest file of keys that is read, in bytes. A key of Fedora has 1.7 KB; a whole keyring of people can be large.
+const MAX_KEYS: u64 = 16 << 20;
+
+/// Where an armored key starts.
+const ARMOR: &str = "-----BEGIN PGP PUBLIC KEY BLOCK-----";
+
+/// Why a signature does not vouch for a file.
+#[derive(Debug, thiserror::Error)]
+pub enum SignatureError {
+    /// There is no signature at all.
+    #[error("there is no signature")]
+    Missing,
+    /// It was made by a key that is not among the given.
+    #[error("signed by an unknown key: {0}")]
+    UnknownKey(String),
+    /// It is not a signature of these bytes, or the key could not sign when it was made.
+    #[error("bad signature: {0}")]
+    Bad(String),
+    /// It was made by a key that has been revoked.
+    #[error("signed by a revoked key: {0}")]
+    Revoked(String),
+    /// What was signed cannot be read.
+    #[error("read failed")]
+    Read(#[source] std::io::Error),
+}
+
+/// Keys that may sign.
+#[derive(Clone, Debug, Default)]
+pub struct Keys(BTreeMap<Fingerprint, Cert>);
+
+impl Keys {
+    /// Reads keys from a file, or from all files of a directory but hidden ones.
+    pub fn read(&mut self, path: &Path) -> Result<()> {
+        let mut files = vec![path.to_path_buf()];
+        if path.is_dir() {
+            let entries = std::fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+            files = entries
+                .with_context(|| format!("keys {}", path.display()))?
+                .iter()
+                .map(|e| e.path())
+                .collect();
+            files.retain(|f| {
+                f.is_file() && !f.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."))
+            });
+            files.sort();
+            ensure!(!files.is_empty(), "keys {}: an empty directory", path.display());
+        }
+        for file in files {
+            let mut bytes = Vec::new();
+            std::fs::File::open(&file)
+                .and_then(|f| f.take(MAX_KEYS + 1).read_to_end(&mut bytes))
+                .map_err(anyhow::Error::from)
+                .and_then(|_| {
+                    ensure!(bytes.len() as u64 <= MAX_KEYS, "more than {MAX_KEYS} bytes");
+                    self.add(&bytes)
+                })
+                .with_context(|| format!("keys {}", file.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Adds the keys in `bytes`: binary, or armored, also several blocks one after the other.
+    pub fn add(&mut self, bytes: &[u8]) -> Result<()> {
+        let text = std::str::from_utf8(bytes).ok().filter(|text| text.contains(ARMOR));
+        let starts = text.map(|text| text.match_indices(ARMOR).map(|(start, _)| start).collect());
+        let starts: Vec<_> = starts.unwrap_or_else(|| vec![0]);
+        let mut any = false;
+        for (i, &start) in starts.iter().enumerate() {
+            let end = starts.get(i + 1).copied().unwrap_or(bytes.len());
+            for cert in CertParser::from_bytes(&bytes[start..end])? {
+                let mut cert = cert.context("not an OpenPGP key")?;
+                // Of two copies of a key each may have a revocation that the other has not.
+                if let Some(known) = self.0.remove(&cert.fingerprint()) {
+                    cert = known.merge_public(cert)?;
+                }
+                self.0.insert(cert.fingerprint(), cert);
+                any = true;
+            }
+        }
+        ensure!(any, "no OpenPGP key");
+        Ok(())
+    }
+
+    /// Whether there is not a single key.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The fingerprints of the keys, in upper-case hex, sorted.
+    pub fn fingerprints(&self) -> impl Iterator<Item = String> {
+        self.0.keys().map(ToString::to_string)
+    }
+
+    /// Checks that `signature`, binary or armored, is one of all that `data` gives, made by one of these keys.
+    pub fn verify(&self, signature: &[u8], data: impl Read + Send + Sync) -> Result<(), SignatureError> {
+        let policy = StandardPolicy::new();
+        let verifier = DetachedVerifierBuilder::from_bytes(signature)
+            .and_then(|v| v.with_policy(&policy, None, Helper(self)))
+            .map_err(|e| SignatureError::Bad(format!("not a signature: {e}")));
+        verifier?.verify_reader(data).map_err(|e| match e.downcast::<SignatureError>() {
+            Ok(e) => e,
+            Err(e) => match e.downcast::<std::io::Error>() {
+                Ok(e) => SignatureError::Read(e),
+                Err(e) => SignatureError::Bad(e.to_string()),
+            },
+        })
+    }
+}
+
+struct Helper<'a>(&'a Keys);
+
+impl VerificationHelper for Helper<'_> {
+    fn get_certs(&mut self, _ids: &[KeyHandle]) -> openpgp::Result<Vec<Cert>> {
+        Ok(self.0.0.values().cloned().collect())
+    }
+
+    /// One good signature is enough. Without, the error is that of the most telling: a key of ours that is revoked
+    /// says more than a signature that does not fit, and that more than a stranger's.
+    fn check(&mut self, structure: MessageStructure<'_>) -> openpgp::Result<()> {
+        let (mut revoked, mut bad, mut unknown) = (None, None, Vec::new());
+        for layer in structure {
+            let MessageLayer::SignatureGroup { results } = layer else { bail!("not a detached signature") };
+            for result in results {
+                match result {
+                    Ok(_) => return Ok(()),
+                    Err(VerificationError::MissingKey { sig }) => {
+                        unknown.extend(sig.get_issuers().first().map(ToString::to_string));
+                    }
+                    Err(VerificationError::BadKey { ka, error, .. }) => {
+                        let key = ka.cert().fingerprint();
+                        let states = [ka.valid_cert().revocation_status(), ka.revocation_status()];
+                        if states.iter().any(|s| matches!(s, RevocationStatus::Revoked(_))) {
+                            revoked = Some(key.to_string());
+                        } else {
+                            bad = Some(format!("key {key} could not sign when it was made: {error}"));
+                        }
+                    }
+                    Err(VerificationError::UnboundKey { cert, error, .. }) => {
+                        bad = Some(format!(
+                            "key {} could not sign when it was made: {error}",
+                            cert.fingerprint()
+                        ));
+                    }
+                    Err(e) => bad = Some(e.to_string()),
+                }
+            }
+        }
+        Err(match (revoked, bad) {
+            (Some(key), _) => SignatureError::Revoked(key),
+            (None, Some(why)) => SignatureError::Bad(why),
+            (None, None) if unknown.is_empty() => SignatureError::Bad("not a signature".into()),
+            (None, None) => SignatureError::UnknownKey(unknown.join(", ")),
+        }
+        .into())
+    }
+}
