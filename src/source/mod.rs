@@ -5,7 +5,10 @@
 //! others. Sources nest, and nothing is unpacked to a temporary file to read them.
 
 pub mod cluster;
+mod decode;
 pub mod erofs;
+pub mod files;
+pub mod rootfs;
 pub mod squashfs;
 
 use std::io;
