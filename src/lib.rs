@@ -11,5 +11,6 @@
 pub mod cli;
 pub mod digest;
 pub mod io;
+pub mod oci;
 pub mod recipe;
 pub mod source;
