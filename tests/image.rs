@@ -1,5 +1,7 @@
 //! The container image, judged by the tools that will carry it: skopeo, umoci, podman, GNU tar, a registry.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -435,7 +437,7 @@ fn a_registry_keeps_digests_and_annotations() {
     let digest = f.build(&f.at("oci", "image"));
     let registry = Registry::start(f.tmp.path());
     let there = format!("docker://{}/coreos/stable:latest", registry.address);
-    // Without --preserve-digests skopeo compresses the data layers once more, and annotations lose their offsets.
+    // Without --preserve-digests skopeo compresses the data layers once more, and drops their annotations.
     run(&["skopeo", "copy", "--preserve-digests", "--dest-tls-verify=false", &f.at("oci", "image"), &there]);
     let inspect = json(&run(&["skopeo", "inspect", "--tls-verify=false", &there]));
     assert_eq!(inspect["Digest"], digest.oci());

@@ -20,6 +20,9 @@
 //! | [`ANNOTATION_ARTIFACTS`] | names of the artifacts (`output` in `index.json`) that need something in the layer, sorted, comma separated; not on the metadata layer, which all of them need |
 //! | [`ANNOTATION_FILES`] | what is in the layer and where, sorted by path, comma separated: `PATH@OFFSET+SIZE`, the path below [`DATA`], offset and size in bytes of the *uncompressed* layer |
 //!
+//! Tools that compress layers on their way to a registry drop these annotations (skopeo does, without
+//! `--preserve-digests`; podman too): the image works all the same, but only as a whole.
+//!
 //! Data layers depend on neither the program nor its architecture, so images for several architectures share them, and
 //! a new release of the program leaves them as they are. The same input makes the same digests, everywhere: entries are
 //! sorted, owned by 0:0, of mode 0644 or 0755, and all times are `SOURCE_DATE_EPOCH`, or 0.
