@@ -1,0 +1,525 @@
+//! Builds the container image from a dehydrated directory and an executable; the layers are described in [`super`].
+//!
+//! Data is copied from file to file and checked on the way: an image never holds a blob whose digest is not its name.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use flate2::{Compression, GzBuilder};
+use oci_spec::image::{
+    ANNOTATION_CREATED, ANNOTATION_DESCRIPTION, ANNOTATION_TITLE, ANNOTATION_VERSION, Arch, ConfigBuilder,
+    Descriptor, HistoryBuilder, ImageConfigurationBuilder, ImageManifestBuilder, MediaType, Os,
+    PlatformBuilder, RootFsBuilder, SCHEMA_VERSION,
+};
+use serde::Deserialize;
+
+use super::layer::TarLayer;
+use super::layout::{Destination, Staging};
+use super::{
+    ANNOTATION_ARCHITECTURES, ANNOTATION_ARTIFACTS, ANNOTATION_FILES, ANNOTATION_STREAM, DATA, PROGRAM, elf,
+};
+use crate::digest::{Digest, Hasher};
+use crate::recipe::{Blob, Index, MAX_INDEX};
+
+/// The largest layer, in bytes: registries that keep blobs in object stores refuse more than 5 GB at once, and 4 GiB
+/// leaves room for what they count differently.
+pub const MAX_LAYER: u64 = 4 << 30;
+
+/// The most data layers; with those of the program and the metadata, 60. Container engines stack at most 127 or 128
+/// layers, and whoever builds on top of the image needs some of them.
+pub const MAX_DATA_LAYERS: usize = 58;
+
+/// The longest stream document, in bytes; those of 2026 are 60 KB.
+const MAX_STREAM: u64 = 16 << 20;
+
+/// The longest signature, in bytes; those of 2026 are 566 bytes.
+const MAX_SIGNATURE: u64 = 1 << 20;
+
+/// The latest time that the twelve octal digits of a tar header hold, in seconds of the epoch.
+const MAX_TIME: u64 = 0o77_777_777_777;
+
+/// The time to give to everything in an image: `SOURCE_DATE_EPOCH`, as <https://reproducible-builds.org> has it, or 0.
+/// In seconds of the epoch.
+pub fn source_date_epoch() -> Result<u64> {
+    let Some(text) = std::env::var_os("SOURCE_DATE_EPOCH") else { return Ok(0) };
+    text.to_str()
+        .and_then(|text| text.parse().ok())
+        .filter(|&time| time <= MAX_TIME)
+        .with_context(|| format!("SOURCE_DATE_EPOCH: {text:?}: expected seconds up to {MAX_TIME}"))
+}
+
+/// Makes an image of the directory `dehydrated` and the static executable `program`, at `output`, as
+/// [`Destination`] reads it. All times in it are [`source_date_epoch`]. Returns the digest of its manifest.
+///
+/// Nothing appears at `output` unless all is well.
+pub fn build(dehydrated: &Path, program: &Path, output: &str) -> Result<Digest> {
+    build_at(dehydrated, program, output, source_date_epoch()?)
+}
+
+/// [`build`], with `time` instead of [`source_date_epoch`].
+pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> Result<Digest> {
+    let destination: Destination = output.parse()?;
+    let index_json = read_file(&dehydrated.join("index.json"), MAX_INDEX)?;
+    let index = Index::from_json(&index_json)?;
+    let stream_json = checked(dehydrated, "stream.json", index.stream.blob, MAX_STREAM)?;
+    let groups = group(&index)?;
+
+    let staging = Staging::new(destination)?;
+    let (arch, layer) = program_layer(&staging, program, time)?;
+    let mut layers = vec![layer];
+    layers.push(metadata_layer(&staging, dehydrated, &index, &index_json, &stream_json, time)?);
+    for group in groups {
+        layers.push(data_layer(&staging, dehydrated, &index, &group, time)?);
+    }
+
+    let about = about(&index, &stream_json, time)?;
+    let platform = PlatformBuilder::default().architecture(arch).os(Os::Linux).build()?;
+    let config = ImageConfigurationBuilder::default()
+        .created(rfc3339(time))
+        .architecture(platform.architecture().clone())
+        .os(platform.os().clone())
+        .config(
+            ConfigBuilder::default()
+                .entrypoint([PROGRAM.to_string()])
+                .env(["PATH=/usr/bin".to_string(), format!("REHYDRATOR_DATA={DATA}")])
+                .labels(about.clone())
+                .build()?,
+        )
+        .rootfs(
+            RootFsBuilder::default()
+                .typ("layers")
+                .diff_ids(layers.iter().map(|layer| layer.plain.oci()).collect::<Vec<_>>())
+                .build()?,
+        )
+        .history(
+            layers
+                .iter()
+                .map(|layer| HistoryBuilder::default().created(rfc3339(time)).created_by(&layer.what).build())
+                .collect::<Result<Vec<_>, _>>()?,
+        )
+        .build()?;
+    let manifest = ImageManifestBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageManifest)
+        .config(staging.document(MediaType::ImageConfig, &config)?)
+        .layers(layers.into_iter().map(|layer| layer.descriptor).collect::<Vec<_>>())
+        .annotations(about)
+        .build()?;
+    let mut root = staging.document(MediaType::ImageManifest, &manifest)?;
+    let digest = root.digest().to_string().parse()?;
+    // An index of images for several architectures is made of such descriptors.
+    root.set_platform(Some(platform));
+    staging.publish(root)?;
+    Ok(digest)
+}
+
+/// What the image says of itself, in labels and annotations.
+fn about(index: &Index, stream_json: &[u8], time: u64) -> Result<HashMap<String, String>> {
+    let join = |set: BTreeSet<&str>| Vec::from_iter(set).join(",");
+    let releases = Releases::parse(stream_json)?;
+    let mut about = HashMap::from([
+        (ANNOTATION_CREATED, rfc3339(time)),
+        (ANNOTATION_TITLE, format!("CoreOS disk images, {}", index.stream.name)),
+        (ANNOTATION_DESCRIPTION, env!("CARGO_PKG_DESCRIPTION").to_string()),
+        (ANNOTATION_STREAM, index.stream.name.clone()),
+        (ANNOTATION_ARCHITECTURES, join(index.architectures())),
+    ]);
+    let releases = releases.of(&index.architectures());
+    if !releases.is_empty() {
+        about.insert(ANNOTATION_VERSION, join(releases));
+    }
+    Ok(about.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
+}
+
+/// The releases in a stream document: usually one, but each platform of each architecture has its own.
+#[derive(Deserialize)]
+struct Releases {
+    architectures: BTreeMap<String, Architecture>,
+}
+
+#[derive(Deserialize)]
+struct Architecture {
+    #[serde(default)]
+    artifacts: BTreeMap<String, Platform>,
+}
+
+#[derive(Deserialize)]
+struct Platform {
+    release: Option<String>,
+}
+
+impl Releases {
+    fn parse(stream_json: &[u8]) -> Result<Self> {
+        serde_json::from_slice(stream_json).context("stream.json: not a stream document")
+    }
+
+    fn of(&self, architectures: &BTreeSet<&str>) -> BTreeSet<&str> {
+        let here = self.architectures.iter().filter(|(name, _)| architectures.contains(name.as_str()));
+        here.flat_map(|(_, arch)| arch.artifacts.values()).filter_map(|p| p.release.as_deref()).collect()
+    }
+}
+
+/// Blobs that share a layer.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Group {
+    /// The artifacts that need any of them, by their place in the index.
+    artifacts: BTreeSet<usize>,
+    blobs: BTreeSet<Blob>,
+    /// Bytes in the layer.
+    size: u64,
+}
+
+impl Group {
+    /// What a layer of this blob alone is at most: its directories, its header, padding and the end, of 512 bytes
+    /// each or two. So no sum of these is too small.
+    fn cost(blob: Blob) -> u64 {
+        blob.size.saturating_add(8 * 512)
+    }
+
+    fn add(&mut self, blob: Blob) {
+        self.size += Self::cost(blob);
+        self.blobs.insert(blob);
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.artifacts.extend(other.artifacts);
+        self.blobs.extend(other.blobs);
+        self.size += other.size;
+    }
+}
+
+/// Divides the blobs into layers: those that the same artifacts need together, as long as they fit, and the smallest
+/// groups merged while there are too many; those that most artifacts need first.
+fn group(index: &Index) -> Result<Vec<Group>> {
+    let mut needed_by = BTreeMap::<Blob, BTreeSet<usize>>::new();
+    for (i, artifact) in index.artifacts.iter().enumerate() {
+        for blob in index.blobs_of(artifact) {
+            needed_by.entry(blob).or_default().insert(i);
+        }
+    }
+    let mut by_artifacts = BTreeMap::<BTreeSet<usize>, Vec<Blob>>::new();
+    for (blob, artifacts) in needed_by {
+        by_artifacts.entry(artifacts).or_default().push(blob);
+    }
+
+    let mut groups = Vec::new();
+    for (artifacts, blobs) in by_artifacts {
+        let mut group = Group { artifacts: artifacts.clone(), ..Group::default() };
+        for blob in blobs {
+            // A layer is the smallest thing a registry takes, and a blob is one file of one layer.
+            ensure!(
+                Group::cost(blob) < MAX_LAYER,
+                "blob {}: {} bytes: does not fit into a layer of {MAX_LAYER} bytes",
+                blob.sha256,
+                blob.size
+            );
+            if group.size + Group::cost(blob) > MAX_LAYER {
+                groups.push(std::mem::replace(
+                    &mut group,
+                    Group { artifacts: artifacts.clone(), ..Group::default() },
+                ));
+            }
+            group.add(blob);
+        }
+        groups.push(group);
+    }
+
+    // The two smallest become one; largest first, so that both are at the end.
+    groups.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.blobs.cmp(&b.blobs)));
+    while groups.len() > MAX_DATA_LAYERS {
+        let (Some(last), Some(mut merged)) = (groups.pop(), groups.pop()) else { break };
+        merged.merge(last);
+        ensure!(
+            merged.size <= MAX_LAYER,
+            "the blobs do not fit into {MAX_DATA_LAYERS} layers of {MAX_LAYER} bytes"
+        );
+        let at = groups.partition_point(|g| g.size > merged.size);
+        groups.insert(at, merged);
+    }
+    // Blobs are apart, so that the order is total.
+    groups.sort_by(|a, b| b.artifacts.len().cmp(&a.artifacts.len()).then_with(|| a.blobs.cmp(&b.blobs)));
+    Ok(groups)
+}
+
+/// A layer that is staged.
+struct Layer {
+    descriptor: Descriptor,
+    /// Digest of the uncompressed tar file.
+    plain: Digest,
+    /// What `podman history` shows.
+    what: String,
+}
+
+/// The program, and the architecture it is for.
+fn program_layer(staging: &Staging, program: &Path, time: u64) -> Result<(Arch, Layer)> {
+    let at = || format!("program {}", program.display());
+    let file = File::open(program).with_context(at)?;
+    let size = file.metadata().with_context(at)?.len();
+    let mut head = Vec::new();
+    (&file).take(elf::HEAD).read_to_end(&mut head).with_context(at)?;
+    let arch = elf::static_executable(&head).with_context(at)?;
+
+    let (descriptor, plain) = staging.blob(MediaType::ImageLayerGzip, |out| {
+        // No name and no time in the header, so that only the content decides.
+        let mut gzip = GzBuilder::new().write(out, Compression::best());
+        let mut tar = TarLayer::new(Hasher::new(&mut gzip), time);
+        tar.file(PROGRAM, 0o755, size, head.chain(&file)).with_context(at)?;
+        let (plain, _) = tar.finish()?.finish();
+        gzip.finish()?;
+        Ok(plain)
+    })?;
+    Ok((arch, Layer { descriptor, plain, what: format!("rehydrator {}", env!("CARGO_PKG_VERSION")) }))
+}
+
+/// The metadata: everything of the dehydrated directory but the blobs.
+fn metadata_layer(
+    staging: &Staging,
+    dehydrated: &Path,
+    index: &Index,
+    index_json: &[u8],
+    stream_json: &[u8],
+    time: u64,
+) -> Result<Layer> {
+    let mut files = BTreeMap::from([
+        ("index.json".to_string(), index_json.to_vec()),
+        ("stream.json".to_string(), stream_json.to_vec()),
+    ]);
+    let signature = "stream.json.sig";
+    if dehydrated.join(signature).exists() {
+        files.insert(signature.to_string(), read_file(&dehydrated.join(signature), MAX_SIGNATURE)?);
+    }
+    for artifact in &index.artifacts {
+        if let Some(expected) = artifact.signature {
+            let name = format!("signatures/{}.sig", artifact.published.name);
+            let content = checked(dehydrated, &name, expected, MAX_SIGNATURE)?;
+            files.insert(name, content);
+        }
+    }
+    data_or_metadata(staging, "metadata".into(), None, time, |tar| {
+        files
+            .into_iter()
+            .map(|(name, content)| {
+                let (_, offset) =
+                    tar.file(&format!("{DATA}/{name}"), 0o644, content.len() as u64, &*content)?;
+                Ok((name, offset, content.len() as u64))
+            })
+            .collect()
+    })
+}
+
+/// The blobs of a group.
+fn data_layer(
+    staging: &Staging,
+    dehydrated: &Path,
+    index: &Index,
+    group: &Group,
+    time: u64,
+) -> Result<Layer> {
+    let artifacts: BTreeSet<_> =
+        group.artifacts.iter().map(|&i| index.artifacts[i].output.name.as_str()).collect();
+    let artifacts = list(artifacts)?;
+    data_or_metadata(staging, format!("data of {artifacts}"), Some(artifacts), time, |tar| {
+        group
+            .blobs
+            .iter()
+            .map(|&expected| {
+                let name = format!("blobs/sha256/{}", expected.sha256);
+                let blob = || format!("blob {}", expected.sha256);
+                let file = File::open(dehydrated.join(&name)).with_context(blob)?;
+                let size = file.metadata().with_context(blob)?.len();
+                compare(expected, Blob { size, ..expected }).with_context(blob)?;
+                let (found, offset) =
+                    tar.file(&format!("{DATA}/{name}"), 0o644, size, file).with_context(blob)?;
+                compare(expected, found).with_context(blob)?;
+                Ok((name, offset, size))
+            })
+            .collect()
+    })
+}
+
+/// An uncompressed layer; `write` writes its files and returns name, offset and size of each.
+fn data_or_metadata(
+    staging: &Staging,
+    what: String,
+    artifacts: Option<String>,
+    time: u64,
+    write: impl FnOnce(&mut TarLayer<Hasher<&mut dyn Write>>) -> Result<Vec<(String, u64, u64)>>,
+) -> Result<Layer> {
+    let (mut descriptor, (plain, files)) = staging.blob(MediaType::ImageLayer, |out| {
+        let mut tar = TarLayer::new(Hasher::new(out), time);
+        let files = write(&mut tar)?;
+        Ok((tar.finish()?.finish().0, files))
+    })?;
+    let files = files.into_iter().map(|(name, offset, size)| format!("{name}@{offset}+{size}"));
+    let files = list(files.collect::<Vec<_>>().iter().map(String::as_str))?;
+    let annotations = HashMap::from_iter(
+        [(ANNOTATION_FILES.to_string(), files)]
+            .into_iter()
+            .chain(artifacts.map(|names| (ANNOTATION_ARTIFACTS.to_string(), names))),
+    );
+    descriptor.set_annotations(Some(annotations));
+    Ok(Layer { descriptor, plain, what })
+}
+
+/// A comma separated list of names, none of which may have a comma in it.
+fn list<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<String> {
+    let names = Vec::from_iter(names);
+    match names.iter().find(|name| name.contains(',')) {
+        Some(name) => bail!("{name:?}: a comma in a name: an image cannot list it"),
+        None => Ok(names.join(",")),
+    }
+}
+
+/// Refuses a file that is not the one in the index.
+fn compare(expected: Blob, found: Blob) -> Result<()> {
+    ensure!(found.size == expected.size, "size mismatch: expected {}, found {}", expected.size, found.size);
+    let (expected, found) = (expected.sha256, found.sha256);
+    ensure!(found == expected, "sha256 mismatch: expected {expected}, found {found}");
+    Ok(())
+}
+
+/// A small file of the dehydrated directory that the index has the digest of.
+fn checked(dehydrated: &Path, name: &str, expected: Blob, limit: u64) -> Result<Vec<u8>> {
+    let content = read_file(&dehydrated.join(name), limit)?;
+    compare(expected, Blob { sha256: Digest::of(&content), size: content.len() as u64 })
+        .context(name.to_string())?;
+    Ok(content)
+}
+
+fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let at = || path.display().to_string();
+    let mut content = Vec::new();
+    File::open(path).with_context(at)?.take(limit + 1).read_to_end(&mut content).with_context(at)?;
+    ensure!(content.len() as u64 <= limit, "{}: longer than {limit} bytes", at());
+    Ok(content)
+}
+
+/// A time, in seconds of the epoch, as RFC 3339 writes it, in UTC.
+fn rfc3339(time: u64) -> String {
+    // Years begin in March here, so that a leap day is the last of its year, and 400 of them are 146097 days.
+    let days = time / 86400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, january) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let (hour, minute, second) = (time / 3600 % 24, time / 60 % 60, time % 60);
+    format!("{:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z", era * 400 + year + january)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::{Artifact, FORMAT_VERSION, NamedFile, SourceSpec, StreamFile, Tier};
+
+    fn blob(n: u64, size: u64) -> Blob {
+        Blob { sha256: Digest::of(&n.to_le_bytes()), size }
+    }
+
+    /// An index with an artifact for each list of sources it is a delta over, by number; source n is blob n.
+    fn index(sizes: &[u64], artifacts: &[&[usize]]) -> Index {
+        let mut sources: Vec<_> =
+            (0..).zip(sizes).map(|(n, &size)| SourceSpec::Stored { blob: blob(n, size) }).collect();
+        let artifacts = artifacts.iter().enumerate().map(|(i, base)| {
+            let delta = blob(1000 + i as u64, 10);
+            sources.push(SourceSpec::Delta { blob: delta, plain_size: 1, base: base.to_vec() });
+            Artifact {
+                arch: "x86_64".into(),
+                platform: format!("p{i}"),
+                format: "raw".into(),
+                file: "disk".into(),
+                published: NamedFile { name: format!("{i}.xz"), blob: blob(0, 1) },
+                output: NamedFile { name: format!("{i}"), blob: blob(0, 1) },
+                tier: Tier::Published,
+                source: sources.len() - 1,
+                map: None,
+                signature: None,
+                stored: 0,
+            }
+        });
+        let artifacts = artifacts.collect();
+        Index {
+            format_version: FORMAT_VERSION,
+            generator: "test".into(),
+            stream: StreamFile { name: "stable".into(), blob: blob(0, 1) },
+            artifacts,
+            unhandled: Vec::new(),
+            sources,
+        }
+    }
+
+    #[test]
+    fn blobs_that_the_same_artifacts_need_share_a_layer() {
+        let index = index(&[100, 200, 300, 1], &[&[0, 1, 2], &[0, 2], &[0, 2]]);
+        let groups = group(&index).unwrap();
+        let found: Vec<_> =
+            groups.iter().map(|g| (Vec::from_iter(g.artifacts.clone()), g.blobs.clone())).collect();
+        let mut expected = vec![
+            (vec![0, 1, 2], BTreeSet::from([blob(0, 100), blob(2, 300)])),
+            (vec![0], BTreeSet::from([blob(1, 200), blob(1000, 10)])),
+            (vec![1], BTreeSet::from([blob(1001, 10)])),
+            (vec![2], BTreeSet::from([blob(1002, 10)])),
+        ];
+        expected[1..].sort_by(|a, b| a.1.cmp(&b.1));
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn no_more_layers_than_allowed_and_the_smallest_are_merged() {
+        let sizes: Vec<_> = (0..200).map(|i| 1000 * (i + 1)).collect();
+        let bases: Vec<_> = (0..200).map(|i| [i]).collect();
+        let bases: Vec<&[usize]> = bases.iter().map(|b| &b[..]).collect();
+        let groups = group(&index(&sizes, &bases)).unwrap();
+        assert_eq!(groups.len(), MAX_DATA_LAYERS);
+        assert_eq!(groups.iter().map(|g| g.blobs.len()).sum::<usize>(), 400);
+        assert_eq!(groups.iter().flat_map(|g| &g.artifacts).count(), 200);
+        let (min, max) = (groups.iter().map(|g| g.size).min(), groups.iter().map(|g| g.size).max());
+        assert!(max.unwrap() < 3 * min.unwrap(), "{min:?} {max:?}");
+    }
+
+    #[test]
+    fn no_layer_is_too_large() {
+        let groups = group(&index(&[3 << 30, 3 << 30], &[&[0, 1], &[0, 1]])).unwrap();
+        assert_eq!(groups.iter().filter(|g| g.artifacts.len() == 2).count(), 2);
+        assert!(groups.iter().all(|g| g.size <= MAX_LAYER));
+        let e = group(&index(&[4 << 30], &[&[0]])).unwrap_err().to_string();
+        let name = blob(0, 0).sha256;
+        assert_eq!(
+            e,
+            format!("blob {name}: 4294967296 bytes: does not fit into a layer of 4294967296 bytes")
+        );
+        assert!(group(&index(&[u64::MAX], &[&[0]])).is_err());
+        let sizes = [3 << 30; MAX_DATA_LAYERS + 1];
+        let e = group(&index(&sizes, &[&Vec::from_iter(0..sizes.len())])).unwrap_err().to_string();
+        assert_eq!(e, "the blobs do not fit into 58 layers of 4294967296 bytes");
+    }
+
+    #[test]
+    fn times() {
+        for (time, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_199, "2024-02-29T23:59:59Z"),
+            (1_783_382_400, "2026-07-07T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (MAX_TIME, "2242-03-16T12:56:31Z"),
+        ] {
+            assert_eq!(rfc3339(time), text);
+        }
+    }
+
+    #[test]
+    fn releases_of_the_architectures_that_are_here() {
+        let document = br#"{"architectures":{
+            "x86_64":{"artifacts":{"aws":{"release":"2"},"qemu":{"release":"1"},"odd":{}}},
+            "s390x":{"artifacts":{"qemu":{"release":"3"}},"images":{}},"none":{}}}"#;
+        let releases = Releases::parse(document).unwrap();
+        assert_eq!(releases.of(&BTreeSet::from(["x86_64", "none"])), BTreeSet::from(["1", "2"]));
+        assert!(Releases::parse(b"[]").is_err());
+    }
+}

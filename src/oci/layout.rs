@@ -1,0 +1,363 @@
+//! The place a new image goes to: an OCI image layout, as a directory or as one tar file.
+//!
+//! Everything is written into a staging directory beside the destination, under no name that anyone looks for, and
+//! gets its final name when it is complete and on disk. A layout that is there already keeps its other tags.
+//! The format is the [image layout](https://github.com/opencontainers/image-spec/blob/v1.1.0/image-layout.md) of the
+//! OCI image specification; the names of destinations are those of skopeo and podman.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, MediaType};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tempfile::{NamedTempFile, TempDir};
+
+use super::layer::tar_header;
+use crate::digest::{Digest, Hasher};
+
+/// The longest `index.json` of an existing layout that is read, in bytes: what skopeo and registries take for a
+/// manifest.
+pub const MAX_DOCUMENT: u64 = 4 << 20;
+
+/// The tag where none is given.
+pub const DEFAULT_TAG: &str = "latest";
+
+/// The longest tag, in bytes; a full reference fits in it.
+const MAX_TAG: usize = 512;
+
+/// The file that marks a layout and says its version.
+const LAYOUT: &str = "oci-layout";
+
+/// The file that names the images of a layout.
+const INDEX: &str = "index.json";
+
+/// Where the blobs of a layout are.
+const BLOBS: &str = "blobs/sha256";
+
+/// What the names of unfinished files begin with.
+const TEMPORARY: &str = ".rehydrator-";
+
+/// Buffer between a layer and its file, in bytes: large enough that writing costs few system calls.
+const BUFFER: usize = 1 << 18;
+
+/// Where an image goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// The directory or file.
+    pub path: PathBuf,
+    /// One file instead of a directory.
+    pub archive: bool,
+    /// The name of the image in the layout.
+    pub tag: String,
+}
+
+impl FromStr for Destination {
+    type Err = anyhow::Error;
+
+    /// Reads `oci:DIR[:TAG]` or `oci-archive:FILE[:TAG]`. As in skopeo, the path ends at the first colon.
+    fn from_str(text: &str) -> Result<Self> {
+        let (archive, rest) = match text.split_once(':') {
+            Some(("oci", rest)) => (false, rest),
+            Some(("oci-archive", rest)) => (true, rest),
+            _ => {
+                bail!("{text:?}: not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]")
+            }
+        };
+        let (path, tag) = rest.split_once(':').unwrap_or((rest, DEFAULT_TAG));
+        ensure!(!path.is_empty(), "{text:?}: no path");
+        // The grammar of org.opencontainers.image.ref.name, but for what may stand beside what.
+        let alphanumeric = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        ensure!(
+            alphanumeric(tag.chars().next())
+                && alphanumeric(tag.chars().next_back())
+                && tag.chars().all(|c| c.is_ascii_alphanumeric() || "-._:@/+".contains(c))
+                && tag.len() <= MAX_TAG,
+            "{text:?}: {tag:?} is not a tag"
+        );
+        Ok(Self { path: path.into(), archive, tag: tag.to_string() })
+    }
+}
+
+/// An image that is being written.
+pub struct Staging {
+    dest: Destination,
+    /// The destination is a directory that is there already; new files are staged inside, since it may be a mount.
+    in_place: bool,
+    dir: TempDir,
+}
+
+impl Staging {
+    /// Starts an image that will be at `dest`; what is there stays as it is until [`Staging::publish`].
+    pub fn new(dest: Destination) -> Result<Self> {
+        let at = || format!("image {}", dest.path.display());
+        ensure!(dest.path.file_name().is_some(), "{}: not a name of a file or directory", at());
+        let in_place = !dest.archive && dest.path.exists();
+        if in_place {
+            let mut entries = fs::read_dir(&dest.path).with_context(at)?;
+            ensure!(
+                dest.path.join(LAYOUT).exists() || entries.next().is_none(),
+                "{}: neither empty nor an OCI image layout",
+                at()
+            );
+            read_index(&dest.path).with_context(at)?;
+        }
+        ensure!(!dest.archive || !dest.path.is_dir(), "{}: a directory: expected a file, or oci:DIR", at());
+        let beside = if in_place { &dest.path } else { parent(&dest.path) };
+        fs::create_dir_all(beside).with_context(at)?;
+        let dir = tempfile::Builder::new()
+            .prefix(TEMPORARY)
+            // Less the umask, as for any new directory; the default is for secrets.
+            .permissions(Permissions::from_mode(0o777))
+            .tempdir_in(beside)
+            .with_context(at)?;
+        fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
+        Ok(Self { dest, in_place, dir })
+    }
+
+    /// Adds the blob that `write` writes, and returns its descriptor along with what `write` returned.
+    pub fn blob<T>(
+        &self,
+        media_type: MediaType,
+        write: impl FnOnce(&mut dyn Write) -> Result<T>,
+    ) -> Result<(Descriptor, T)> {
+        let mut file = new_file(&self.dir.path().join(BLOBS))?;
+        let mut out = BufWriter::with_capacity(BUFFER, Hasher::new(file.as_file_mut()));
+        let value = write(&mut out)?;
+        let (digest, size) = out.into_inner().map_err(io::IntoInnerError::into_error)?.finish();
+        file.as_file().sync_all()?;
+        file.persist(self.dir.path().join(blob_path(digest)))?;
+        Ok((Descriptor::new(media_type, size, oci_digest(digest)?), value))
+    }
+
+    /// Adds a JSON document. Its digest is that of its content alone: `oci_spec` keeps annotations in hash maps, so
+    /// keys are sorted here.
+    pub fn document(&self, media_type: MediaType, document: &impl Serialize) -> Result<Descriptor> {
+        let bytes = to_json(document)?;
+        ensure!(
+            bytes.len() as u64 <= MAX_DOCUMENT,
+            "{media_type} of {} bytes: registries take at most {MAX_DOCUMENT}",
+            bytes.len()
+        );
+        Ok(self.blob(media_type, |out| Ok(out.write_all(&bytes)?))?.0)
+    }
+
+    /// Gives the image that `root` describes its name: a manifest, or an index of several. In a directory, an image
+    /// that had the name loses it, and its blobs stay, as with skopeo; a file is replaced.
+    pub fn publish(self, root: Descriptor) -> Result<()> {
+        let at = format!("image {}", self.dest.path.display());
+        self.place(root).context(at)
+    }
+
+    fn place(self, root: Descriptor) -> Result<()> {
+        let (stage, dest) = (self.dir.path(), self.dest.path.as_path());
+        let index = to_json(&with_tag(read_index(dest)?, &self.dest.tag, root)?)?;
+        if self.in_place {
+            fs::create_dir_all(dest.join(BLOBS))?;
+            for name in blob_names(stage)? {
+                fs::rename(stage.join(&name), dest.join(&name))?;
+            }
+            sync_dir(&dest.join(BLOBS))?;
+            replace(dest, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+            return replace(dest, INDEX, &index);
+        }
+        replace(stage, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        replace(stage, INDEX, &index)?;
+        if self.dest.archive {
+            let mut file = new_file(parent(dest))?;
+            archive(stage, BufWriter::with_capacity(BUFFER, file.as_file_mut()))?;
+            file.as_file().sync_all()?;
+            file.persist(dest)?;
+        } else {
+            sync_dir(&stage.join(BLOBS))?;
+            fs::rename(stage, dest)?;
+            // It is no longer where it would be removed from.
+            let _renamed = self.dir.keep();
+        }
+        sync_dir(parent(dest))
+    }
+}
+
+/// A digest as `oci_spec` has it.
+pub fn oci_digest(digest: Digest) -> Result<oci_spec::image::Digest> {
+    Ok(digest.oci().parse()?)
+}
+
+/// The tar file of a layout, sorted, with nothing in it that depends on time or place.
+fn archive(layout: &Path, out: impl Write) -> Result<()> {
+    let mut tar = tar::Builder::new(out);
+    for dir in ["blobs/", "blobs/sha256/"] {
+        let mut header = tar_header(tar::EntryType::Directory, 0o755, 0, 0);
+        tar.append_data(&mut header, dir, io::empty())?;
+    }
+    for name in blob_names(layout)?.into_iter().chain([INDEX.into(), LAYOUT.into()]) {
+        let file = File::open(layout.join(&name))?;
+        let mut header = tar_header(tar::EntryType::Regular, 0o644, file.metadata()?.len(), 0);
+        tar.append_data(&mut header, &name, file)?;
+    }
+    tar.into_inner()?.flush()?;
+    Ok(())
+}
+
+/// Reads the index of the layout in `dir`, an empty one if there is no layout. Refuses a version that is not known.
+fn read_index(dir: &Path) -> Result<Value> {
+    if !dir.join(LAYOUT).exists() {
+        return Ok(json!({ "schemaVersion": 2, "mediaType": MediaType::ImageIndex, "manifests": [] }));
+    }
+    let version = &read_json(&dir.join(LAYOUT))?["imageLayoutVersion"];
+    ensure!(version == "1.0.0", "OCI image layout version {version}: expected \"1.0.0\"");
+    read_json(&dir.join(INDEX))
+}
+
+/// The index with `tag` naming `root` and nothing else; all that is not about `tag` stays.
+fn with_tag(mut index: Value, tag: &str, root: Descriptor) -> Result<Value> {
+    let mut root = serde_json::to_value(root)?;
+    root["annotations"][ANNOTATION_REF_NAME] = tag.into();
+    let manifests = index["manifests"].as_array_mut().context("index.json: no manifests")?;
+    manifests.retain(|m| m["annotations"][ANNOTATION_REF_NAME] != tag);
+    manifests.push(root);
+    Ok(index)
+}
+
+fn to_json(document: &impl Serialize) -> Result<Vec<u8>> {
+    let mut value = serde_json::to_value(document)?;
+    value.sort_all_objects();
+    Ok(serde_json::to_vec(&value)?)
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let mut bytes = Vec::new();
+    let at = || path.display().to_string();
+    File::open(path).with_context(at)?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).with_context(at)?;
+    ensure!(bytes.len() as u64 <= MAX_DOCUMENT, "{}: longer than {MAX_DOCUMENT} bytes", at());
+    serde_json::from_slice(&bytes).with_context(at)
+}
+
+fn blob_path(digest: Digest) -> String {
+    format!("{BLOBS}/{digest}")
+}
+
+/// The blobs of the layout in `dir`, sorted, as paths from there.
+fn blob_names(dir: &Path) -> io::Result<BTreeSet<PathBuf>> {
+    fs::read_dir(dir.join(BLOBS))?.map(|entry| Ok(Path::new(BLOBS).join(entry?.file_name()))).collect()
+}
+
+/// The directory that holds `path`.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| *p != OsStr::new("")).unwrap_or(Path::new("."))
+}
+
+/// A file in `dir` that is gone unless it gets a name.
+fn new_file(dir: &Path) -> io::Result<NamedTempFile> {
+    tempfile::Builder::new().prefix(TEMPORARY).permissions(Permissions::from_mode(0o666)).tempfile_in(dir)
+}
+
+/// Puts a small file in place, whole or not at all.
+fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let mut file = new_file(dir)?;
+    file.write_all(content)?;
+    file.as_file().sync_all()?;
+    file.persist(dir.join(name))?;
+    sync_dir(dir)
+}
+
+/// Makes new names in `dir` last.
+fn sync_dir(dir: &Path) -> Result<()> {
+    Ok(File::open(dir)?.sync_all()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations() {
+        let parse = |text: &str| text.parse::<Destination>();
+        let dest =
+            |path: &str, archive, tag: &str| Destination { path: path.into(), archive, tag: tag.into() };
+        assert_eq!(parse("oci:out").unwrap(), dest("out", false, "latest"));
+        assert_eq!(parse("oci:/a/b:v1").unwrap(), dest("/a/b", false, "v1"));
+        assert_eq!(parse("oci-archive:a.tar").unwrap(), dest("a.tar", true, "latest"));
+        assert_eq!(
+            parse("oci-archive:a.tar:example.com:5000/x/y:1+2").unwrap(),
+            dest("a.tar", true, "example.com:5000/x/y:1+2")
+        );
+        for (text, error) in [
+            ("out", "not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]"),
+            ("dir:out", "not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]"),
+            ("oci:", "no path"),
+            ("oci::v1", "no path"),
+            ("oci:a:", "\"\" is not a tag"),
+            ("oci:a:-x", "\"-x\" is not a tag"),
+            ("oci:a:x y", "\"x y\" is not a tag"),
+        ] {
+            assert_eq!(parse(text).unwrap_err().to_string(), format!("{text:?}: {error}"));
+        }
+    }
+
+    /// Publishes a document as if it were a manifest.
+    fn publish(dest: &str, content: &str) -> Result<Descriptor> {
+        let staging = Staging::new(dest.parse()?)?;
+        let root = staging.document(MediaType::ImageManifest, &content)?;
+        staging.publish(root.clone())?;
+        Ok(root)
+    }
+
+    #[test]
+    fn tags_of_an_existing_layout_stay() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("new/layout");
+        let at = format!("oci:{}", dir.display());
+        publish(&at, "first").unwrap();
+        // What another tool wrote stays, down to keys that are unknown here.
+        let mut index = read_json(&dir.join("index.json")).unwrap();
+        index["x-other"] = json!({ "a": 1 });
+        fs::write(dir.join("index.json"), index.to_string()).unwrap();
+        let second = publish(&format!("{at}:second"), "second").unwrap();
+        let third = publish(&at, "third").unwrap();
+
+        let index = read_json(&dir.join("index.json")).unwrap();
+        assert_eq!(index["x-other"], json!({ "a": 1 }));
+        let tags = index["manifests"].as_array().unwrap().iter();
+        let tags: Vec<_> = tags.map(|m| (&m["annotations"][ANNOTATION_REF_NAME], &m["digest"])).collect();
+        let digests = [second.digest().to_string().into(), third.digest().to_string().into()];
+        assert_eq!(tags, [(&json!("second"), &digests[0]), (&json!("latest"), &digests[1])]);
+        assert_eq!(blob_names(&dir).unwrap().len(), 3, "an image that lost its name keeps its blobs");
+        let left: Vec<_> = fs::read_dir(dir.parent().unwrap()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn what_is_not_a_layout_is_left_alone() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dest = format!("oci:{}", tmp.path().display());
+        fs::write(tmp.path().join("mine"), "mine").unwrap();
+        let e = format!("{:#}", publish(&dest, "x").unwrap_err());
+        assert!(e.ends_with(": neither empty nor an OCI image layout"), "{e}");
+        fs::write(tmp.path().join("oci-layout"), r#"{"imageLayoutVersion":"2.0.0"}"#).unwrap();
+        let e = format!("{:#}", publish(&dest, "x").unwrap_err());
+        assert!(e.ends_with(r#": OCI image layout version "2.0.0": expected "1.0.0""#), "{e}");
+        assert_eq!(fs::read(tmp.path().join("mine")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_failed_blob_leaves_nothing() {
+        let tmp = tempfile::tempdir().unwrap();
+        let staging =
+            Staging::new(format!("oci:{}", tmp.path().join("image").display()).parse().unwrap()).unwrap();
+        let failed = staging.blob(MediaType::ImageLayer, |out| -> Result<()> {
+            out.write_all(&[7; 1 << 20])?;
+            bail!("broken")
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "broken");
+        assert_eq!(blob_names(staging.dir.path()).unwrap().len(), 0);
+        drop(staging);
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+    }
+}
