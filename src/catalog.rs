@@ -126,6 +126,11 @@ impl Item {
         label(&self.platform, &self.format, &self.file)
     }
 
+    /// Whether it is a disk image; the live ISO is none.
+    pub fn is_disk(&self) -> bool {
+        self.file == "disk" && self.format != "iso"
+    }
+
     /// The name of the file that comes out: without the suffix of the compressor where the stream has a digest of
     /// the uncompressed file, the published name otherwise. A zip loses its suffix here too, though the name of the
     /// file is that of the zip's member.

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use sha2::{Digest as _, Sha256};
+use ring::digest::{Context, SHA256};
 
 /// A SHA-256 digest. Prints as 64 lower-case hex digits, the form of the stream metadata; [`Digest::oci`] gives the
 /// `sha256:…` form of container images.
@@ -15,7 +15,15 @@ pub struct Digest([u8; 32]);
 impl Digest {
     /// The digest of bytes in memory.
     pub fn of(bytes: &[u8]) -> Self {
-        Self(Sha256::digest(bytes).into())
+        let mut hash = Context::new(&SHA256);
+        hash.update(bytes);
+        Self::from_hash(hash)
+    }
+
+    fn from_hash(hash: Context) -> Self {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(hash.finish().as_ref());
+        Self(bytes)
     }
 
     /// The digest of all that `reader` gives, and how many bytes that was.
@@ -80,14 +88,14 @@ impl<'de> Deserialize<'de> for Digest {
 /// A writer that hashes and counts what passes through it.
 pub struct Hasher<W> {
     inner: W,
-    hash: Sha256,
+    hash: Context,
     len: u64,
 }
 
 impl<W: Write> Hasher<W> {
     /// Hashes what is written on the way to `inner`.
     pub fn new(inner: W) -> Self {
-        Self { inner, hash: Sha256::new(), len: 0 }
+        Self { inner, hash: Context::new(&SHA256), len: 0 }
     }
 
     /// The digest and the length of all that was written.
@@ -98,7 +106,7 @@ impl<W: Write> Hasher<W> {
 
     /// The writer beneath, and the digest and the length of all that was written.
     pub fn into_parts(self) -> (W, Digest, u64) {
-        (self.inner, Digest(self.hash.finalize().into()), self.len)
+        (self.inner, Digest::from_hash(self.hash), self.len)
     }
 }
 

@@ -2,20 +2,22 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 use rehydrator::cli::{self, Build, Cli, Command};
 use rehydrator::dehydrate::{self, dehydrate};
-use rehydrator::download;
-use rehydrator::http::Http;
+use rehydrator::extract::extract;
+use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
-use rehydrator::oci;
 use rehydrator::progress::Progress;
-use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, rehydrate};
-use rehydrator::report;
+use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
+use rehydrator::source::{self, Source};
+use rehydrator::store::Store;
+use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
-use rehydrator::{extract, memory};
+use rehydrator::{download, memory, oci, report};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -159,7 +161,7 @@ fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
                 extracted.delta.display()
             )?);
         }
-        rehydrator.parts(artifact)?.view()?
+        { let parts = rehydrator.parts(artifact)?; parts.source }
     };
     let report = inspect(source).with_context(|| args.what.clone())?;
     if args.json {

@@ -152,7 +152,7 @@ pub struct Unhandled {
 
 /// A source, by how it is made.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
+#[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum SourceSpec {
     /// Zero bytes.
     Zeros {

@@ -254,6 +254,16 @@ pub fn pick_arch<'a>(index: &'a Index, asked: Option<&str>) -> Result<&'a str> {
     }
 }
 
+/// The artifact that `what` names: its output or published name, or what `--disk` calls it.
+pub fn find<'a>(index: &'a Index, what: &str, arch: Option<&str>) -> Result<&'a Artifact> {
+    if let Some(artifact) = index.artifacts.iter().find(|a| a.output.name == what || a.published.name == what) {
+        return Ok(artifact);
+    }
+    let arch = pick_arch(index, arch)?;
+    let named = |a: &&Artifact| a.arch == arch && a.disk().is_some_and(|disk| disk == what);
+    index.artifacts.iter().find(named).with_context(|| format!("{arch}: no artifact and no platform {what:?}"))
+}
+
 /// Prints the stream document to `out`, byte for byte.
 pub fn print_stream(data: &Path, out: &mut dyn Write) -> Result<()> {
     Ok(out.write_all(&Store::open(data)?.stream()?)?)

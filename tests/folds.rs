@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rehydrator::fold::{Map, Unfolded, fold, unfold};
-use rehydrator::io::SourceReader;
 use rehydrator::source::{File, Source};
 
 /// Runs a shell command in `dir`; a failure names it.
@@ -58,7 +57,7 @@ fn round_trip(path: &Path) -> (Unfolded, f64, f64) {
         assert_eq!(map.folded_len(), form.len());
         let wanted = io::BufReader::new(fs::File::open(path).unwrap());
         let mut compare = Compare { wanted, buf: Vec::new(), len: 0 };
-        fold(&map, &mut SourceReader::new(&*unfolded.plain), &mut compare).unwrap();
+        fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut compare).unwrap();
         assert_eq!(compare.len, form.len());
     } else {
         assert!(Arc::ptr_eq(&unfolded.plain, &form));

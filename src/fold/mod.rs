@@ -17,6 +17,7 @@ mod deflate;
 mod encode;
 mod gzip;
 mod map;
+mod peel;
 mod preflate;
 mod qcow2;
 mod region;
@@ -28,5 +29,6 @@ mod vmdk;
 mod zlib;
 
 pub use encode::fold;
+pub use peel::{Peeled, peel};
 pub use map::{MAX_MAP, Map};
 pub use unfold::{Unfolded, unfold};

@@ -189,7 +189,7 @@ impl Clusters {
         ClusterMap {
             len: run.len,
             extents: run.extents,
-            codec: Box::new(Codec { image: self.image, list: self.list }),
+            codec: Arc::new(Codec { image: self.image, list: self.list }),
         }
     }
 }

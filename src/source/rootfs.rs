@@ -37,14 +37,15 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Describes the files of `live_rootfs`, in the order that [`files`](super::files) fixes.
-pub fn open(live_rootfs: Arc<dyn Source>) -> io::Result<(Kind, ClusterMap)> {
+/// Describes the files of `live_rootfs`, in the order that [`files`](super::files) fixes, and gives the file system
+/// image that they are in.
+pub fn open(live_rootfs: Arc<dyn Source>) -> io::Result<(Arc<dyn Source>, ClusterMap)> {
     let (kind, image) = find(live_rootfs)?;
     let map = match kind {
-        Kind::Erofs => erofs::open(image),
-        Kind::Squashfs => squashfs::open(image),
+        Kind::Erofs => erofs::open(image.clone()),
+        Kind::Squashfs => squashfs::open(image.clone()),
     };
-    Ok((kind, map.map_err(|e| io::Error::new(e.kind(), format!("live rootfs: {e}")))?))
+    Ok((image, map.map_err(|e| io::Error::new(e.kind(), format!("live rootfs: {kind}: {e}")))?))
 }
 
 /// Finds the file system image in `live_rootfs`.
