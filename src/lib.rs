@@ -10,6 +10,7 @@
 
 pub mod cli;
 pub mod digest;
+pub mod inspect;
 pub mod io;
 pub mod recipe;
 pub mod source;
