@@ -48,9 +48,9 @@ impl Piece<'_> {
         out.extend((!len).to_le_bytes());
         out.extend(self.window);
         let mut bits = out.len() * 8;
-        // An empty static block is 10 bits long and an empty dynamic one 91: 2 and 3 more than whole bytes.
+        // An empty static block has 10 bits and the dynamic one 95: 2 more and 1 less than whole bytes.
         if self.phase % 2 == 1 {
-            put_bits(&mut out, &mut bits, EMPTY_DYNAMIC, 91);
+            put_bits(&mut out, &mut bits, EMPTY_DYNAMIC, 95);
         }
         while bits % 8 != usize::from(self.phase) {
             put_bits(&mut out, &mut bits, 0b010, 10);
@@ -59,15 +59,15 @@ impl Piece<'_> {
     }
 }
 
-/// An empty dynamic block: lengths for the literals 0 and 256 and for one distance, all of one bit.
+/// An empty dynamic block, 95 bits long: lengths for the literals 0 and 256 and for two distances, all of one bit.
 const EMPTY_DYNAMIC: u128 = {
-    // Field by field, lowest bit first: dynamic; 257 + 0 literals, 1 + 0 distances, 4 + 14 lengths of lengths.
-    let head = 0b100 | 14 << 13;
-    // In the order 16 17 18 0 … 1: the codes of 18 (third) and of 1 (eighteenth) have one bit. 1 is coded as 0.
+    // Field by field, lowest bit first: dynamic; 257 + 0 literals, 1 + 1 distances, 4 + 15 lengths of lengths.
+    let head = 0b100 | 1 << 8 | 15 << 13;
+    // In the order 16 17 18 0 … 1 15: the codes of 18 (third) and of 1 (eighteenth) have one bit. 1 is coded as 0.
     let lengths = 1 << (17 + 2 * 3) | 1 << (17 + 17 * 3);
-    // 1, then 138 and 117 zeros (a one and the number less 11), 1, 1; and the end of the block, whose code is 1.
-    let codes: u128 = (1 | 127 << 1) << 1 | (1 | 106 << 1) << 9 | 1 << 19;
-    head | lengths | codes << (17 + 18 * 3)
+    // 1, then 138 and 117 zeros (18, and the number less 11), 1, 1, 1; and the end of the block, whose code is 1.
+    let codes: u128 = (1 | 127 << 1) << 1 | (1 | 106 << 1) << 9 | 1 << 20;
+    head | lengths | codes << (17 + 19 * 3)
 };
 
 /// Appends the lowest `n` of `value` to the `bits` bits of `out`.
