@@ -12,15 +12,18 @@
 readonly MIB=$((1 << 20))
 
 # Start and size of each partition in MiB. Small systems get smaller partitions than
-# real ones, as every raw image costs time for its zeros; the root partition has room
-# for log, inodes and directories, and the least size mkfs.xfs accepts.
+# real ones, as every raw image costs time for its zeros. The root partition has room
+# for log, inodes and directories.
 plan_partitions() {
     ESP_START=2 ESP_SIZE=127 BOOT_SIZE=384
-    if [ "$CONTENT_MB" -lt 200 ]; then ESP_SIZE=32 BOOT_SIZE=96; fi
+    ROOT_SIZE=$(($(du -sm "$WORK/root" | cut -f 1) * 6 / 5 + 96))
+    if [ "$CONTENT_MB" -lt 100 ]; then
+        ESP_SIZE=32 BOOT_SIZE=64
+    elif [ $ROOT_SIZE -lt 320 ]; then
+        ROOT_SIZE=320
+    fi
     BOOT_START=$((ESP_START + ESP_SIZE))
     ROOT_START=$((BOOT_START + BOOT_SIZE))
-    ROOT_SIZE=$(($(du -sm "$WORK/root" | cut -f 1) * 6 / 5 + 128))
-    [ $ROOT_SIZE -ge 320 ] || ROOT_SIZE=320
     METAL_SIZE=$((ROOT_START + ROOT_SIZE + 1))
     [ $METAL_SIZE -le "$(($(numfmt --from=iec "$DISK_SIZE") / MIB))" ] || die "the system needs a disk of $METAL_SIZE MiB at least"
 }
@@ -137,8 +140,9 @@ format_root() { # IMAGE SECTOR [OPTION]...
     local image=$1 sector=$2
     shift 2
     truncate -s $((ROOT_SIZE * MIB)) "$image"
-    # From the tree itself, so that the protofile needs no absolute names.
-    (cd "$WORK/root" && mkfs.xfs -q -L root -m uuid="$(uuid_for root-fs)" -s size="$sector" \
+    # From the tree itself, so that the protofile needs no absolute names. The three
+    # variables are how mkfs.xfs is told that less than 300 MiB is for a test only.
+    (cd "$WORK/root" && TEST_DIR=. TEST_DEV=. QA_CHECK_FS=1 mkfs.xfs -q -L root -m uuid="$(uuid_for root-fs)" -s size="$sector" \
         -d file,name="$image",size="$ROOT_SIZE"m "$@")
 }
 
