@@ -55,12 +55,14 @@ pub fn run(workdir: &Workdir, options: &Options, http: &Http, progress: &Progres
     let dir = workdir.artifacts();
     std::fs::create_dir_all(&dir).with_context(|| format!("{}: mkdir failed", dir.display()))?;
     let lock = File::open(&dir).with_context(|| format!("{}: open failed", dir.display()))?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-        .with_context(|| format!("{}: another download is under way", dir.display()))?;
+    lock.try_lock().with_context(|| format!("{}: another download is under way", dir.display()))?;
     let pool =
         rayon::ThreadPoolBuilder::new().num_threads(options.parallel.clamp(1, MAX_PARALLEL)).build()?;
     let job = Job { dir: &dir, keys: keys.as_ref(), http, progress };
-    pool.install(|| job.run(&catalog.items))
+    let result = pool.install(|| job.run(&catalog.items));
+    // Not left to the closing of the file: a process that is being started right now may still hold a copy of it.
+    lock.unlock().with_context(|| format!("{}: unlock failed", dir.display()))?;
+    result
 }
 
 /// The keys that may sign artifacts of `stream`.

@@ -255,7 +255,7 @@ impl Http {
         for (name, value) in headers {
             request = request.header(name, value);
         }
-        self.runtime.block_on(request.send()).map_err(|e| failure(url, &e, 0))
+        self.runtime.block_on(async { request.send().await }).map_err(|e| failure(url, &e, 0))
     }
 
     fn chunk(
@@ -264,7 +264,7 @@ impl Http {
         response: &mut Response,
         got: u64,
     ) -> Result<Option<impl AsRef<[u8]> + std::ops::Deref<Target = [u8]>>, Failure> {
-        self.runtime.block_on(response.chunk()).map_err(|e| failure(url, &e, got))
+        self.runtime.block_on(async { response.chunk().await }).map_err(|e| failure(url, &e, got))
     }
 
     fn retried<T>(&self, url: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, HttpError> {

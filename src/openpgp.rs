@@ -162,15 +162,19 @@ impl VerificationHelper for Helper<'_> {
                         if states.iter().any(|s| matches!(s, RevocationStatus::Revoked(_))) {
                             revoked = Some(key.to_string());
                         } else {
-                            bad = Some(format!("key {key} could not sign when it was made: {error}"));
+                            bad = Some(format!("key {key} could not sign when it was made: {error:#}"));
                         }
                     }
                     Err(VerificationError::UnboundKey { cert, error, .. }) => {
                         bad = Some(format!(
-                            "key {} could not sign when it was made: {error}",
+                            "key {} could not sign when it was made: {error:#}",
                             cert.fingerprint()
                         ));
                     }
+                    Err(
+                        VerificationError::BadSignature { error, .. }
+                        | VerificationError::MalformedSignature { error, .. },
+                    ) => bad = Some(format!("{error:#}")),
                     Err(e) => bad = Some(e.to_string()),
                 }
             }
