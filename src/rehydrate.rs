@@ -18,7 +18,7 @@ use crate::progress::Progress;
 use crate::recipe::{Artifact, Index, SourceSpec};
 use crate::sink::{self, NewFile, Output, Tar};
 use crate::source::cluster::Cache;
-use crate::source::{self, Source};
+use crate::source;
 use crate::store::{Sources, Store};
 
 /// Where artifacts go.
