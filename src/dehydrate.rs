@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -317,11 +317,12 @@ impl Job<'_> {
 
     fn open_inner(&self, item: &Item) -> Result<Plain> {
         let path = self.dir.join(&item.name);
-        let file = File::open(&path).with_context(|| path.display().to_string())?;
+        let mut file = File::open(&path).with_context(|| path.display().to_string())?;
         let task = self.progress.task(format!("{}: read", item.label()), Some(file.metadata()?.len()));
         let (sha256, size) = Digest::of_reader(task.reader(&file))?;
         ensure_published(item, &Blob { sha256, size })?;
         task.finish();
+        file.rewind()?;
         let form = match item.uncompressed_sha256 {
             None => Form {
                 output: NamedFile { name: item.name.clone(), blob: Blob { sha256, size } },
