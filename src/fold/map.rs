@@ -79,7 +79,10 @@ pub(super) enum Segment {
 pub(super) enum Encoder {
     Zlib(Params),
     /// A raw stream of so many bits, with these corrections.
-    Preflate { corrections: Vec<u8>, bits: u32 },
+    Preflate {
+        corrections: Vec<u8>,
+        bits: u32,
+    },
 }
 
 /// Makes a deflate stream of a stream of bytes.
@@ -393,16 +396,5 @@ impl Map {
             })
         });
         Ok(Self { segments, folded_len, plain_len: plain_len.ok_or_else(|| bad("the lengths overflow"))? })
-    }
-
-    /// How many segments and pieces there are in all.
-    pub(super) fn count(&self) -> usize {
-        self.segments.iter().fold(self.segments.len(), |n, segment| match segment {
-            Segment::Stream { encoder, inner, .. } => {
-                let pieces = if let StreamEncoder::Pieces(p) = encoder { p.len() } else { 0 };
-                n + pieces + inner.count()
-            }
-            _ => n,
-        })
     }
 }

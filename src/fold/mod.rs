@@ -17,6 +17,7 @@ mod deflate;
 mod encode;
 mod gzip;
 mod map;
+mod peel;
 mod preflate;
 mod qcow2;
 mod region;
@@ -29,4 +30,5 @@ mod zlib;
 
 pub use encode::fold;
 pub use map::{MAX_MAP, Map};
+pub use peel::{Compression, Peeled, peel};
 pub use unfold::{Unfolded, unfold};

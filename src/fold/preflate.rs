@@ -18,7 +18,9 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use preflate_rs::{PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor};
+use preflate_rs::{
+    PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor, TokenPredictorParameters,
+};
 
 /// How far back a match of a deflate stream reaches.
 pub(super) const WINDOW: usize = 32 << 10;
@@ -98,6 +100,31 @@ pub(super) fn keep_bits(bytes: &mut Vec<u8>, phase: u8, bits: u32) {
     }
 }
 
+/// How `preflate-rs` writes corrections (a private type of it, but its bytes are in our maps). Read here only to check
+/// the parameters, with some of which it would never end.
+#[derive(bitcode::Decode)]
+struct Corrections {
+    parameters: TokenPredictorParameters,
+    #[expect(dead_code, reason = "has to be there for the layout")]
+    corrections: Vec<u8>,
+}
+
+/// Corrections of a piece longer than this many bytes are refused: every few bits of them can be a block to make.
+const MAX_CORRECTIONS: usize = 4 << 20;
+
+/// Refuses corrections that can only be hostile.
+fn check(corrections: &[u8]) -> Result<(), &'static str> {
+    if corrections.len() > MAX_CORRECTIONS {
+        return Err("too long");
+    }
+    let p = bitcode::decode::<Corrections>(corrections).map_err(|_| "damaged")?.parameters;
+    // A block of no tokens makes no progress; no window is longer than 32 KiB, no chain than it.
+    if p.max_token_count == 0 || p.window_bits > 15 || p.max_chain > 1 << 15 {
+        return Err("impossible parameters");
+    }
+    Ok(())
+}
+
 /// Finds the corrections with which [`recreate`] makes the `bits` bits of `deflated`, of which the first is at
 /// `piece.phase`; `None` when that does not work out.
 pub(super) fn analyse(piece: Piece<'_>, deflated: &[u8], bits: u32) -> Option<Vec<u8>> {
@@ -133,6 +160,7 @@ pub(super) fn analyse(piece: Piece<'_>, deflated: &[u8], bits: u32) -> Option<Ve
 /// and those after the last, are zero.
 pub(super) fn recreate(piece: Piece<'_>, corrections: &[u8], bits: u32) -> io::Result<Vec<u8>> {
     let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("fold: corrections: {what}"));
+    check(corrections).map_err(bad)?;
     let lead_in = piece.lead_in();
     let mut plain = io::Read::chain(piece.window, piece.plain);
     let made = catch_unwind(AssertUnwindSafe(|| {
