@@ -78,7 +78,7 @@ fn disk(dir: &Path) {
 
 /// Makes `file` out of `disk.raw` with `command`, and expects that it is opened up, that it comes back, and that the
 /// map is at most `max_map` thousandths of its length.
-fn opens(command: &str, file: &str, max_map: u64) {
+fn opens(command: &str, file: &str, max_map: u64) -> (tempfile::TempDir, PathBuf, Map, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     disk(dir.path());
     sh(dir.path(), command);
@@ -94,6 +94,12 @@ fn opens(command: &str, file: &str, max_map: u64) {
     SourceReader::new(&*unfolded.plain).read_to_end(&mut plain).unwrap();
     let needle = &bash[300_000..304_096];
     assert!(plain.windows(4096).any(|w| w == needle), "{command}: the files are not in the plain stream");
+    (dir, path, map, plain)
+}
+
+/// As [`opens`], and then with too little and too much of everything.
+fn opens_in_part(command: &str, file: &str, max_map: u64) {
+    let (dir, path, map, plain) = opens(command, file, max_map);
     // Cut short at odd places, the plain stream gives an error, and bytes too many are left alone.
     for cut in [0, 1, plain.len() / 3, plain.len() - 1] {
         assert!(fold(&map, &mut &plain[..cut], &mut io::sink()).is_err(), "{command}: cut at {cut}");
@@ -111,7 +117,11 @@ fn opens(command: &str, file: &str, max_map: u64) {
 
 #[test]
 fn stream_optimized_vmdk() {
-    opens("qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized disk.raw d.vmdk", "d.vmdk", 1);
+    opens_in_part(
+        "qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized disk.raw d.vmdk",
+        "d.vmdk",
+        1,
+    );
     opens(
         "qemu-img convert -f raw -O vmdk -c -o adapter_type=lsilogic,compat6,subformat=streamOptimized disk.raw d.vmdk",
         "d.vmdk",
@@ -121,7 +131,7 @@ fn stream_optimized_vmdk() {
 
 #[test]
 fn compressed_qcow2() {
-    opens("qemu-img convert -f raw -O qcow2 -c -o compat=1.1 disk.raw d.qcow2", "d.qcow2", 1);
+    opens_in_part("qemu-img convert -f raw -O qcow2 -c -o compat=1.1 disk.raw d.qcow2", "d.qcow2", 1);
     opens("qemu-img convert -f raw -O qcow2 -c -o compat=0.10 disk.raw d.qcow2", "d.qcow2", 1);
     opens("qemu-img convert -f raw -O qcow2 -c -o cluster_size=2M disk.raw d.qcow2", "d.qcow2", 1);
 }
@@ -130,13 +140,13 @@ fn compressed_qcow2() {
 fn ova() {
     let make = "qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized disk.raw disk.vmdk
                 echo '<Envelope/>' > coreos.ovf && tar -ch --format=ustar -f d.ova coreos.ovf disk.vmdk";
-    opens(make, "d.ova", 1);
+    opens_in_part(make, "d.ova", 1);
     opens(&format!("{make} && gzip -6 -n d.ova"), "d.ova.gz", 10);
 }
 
 #[test]
 fn gcp_tar_gz() {
-    opens("tar -Sch --format=oldgnu disk.raw | gzip --no-name -9 > d.tar.gz", "d.tar.gz", 10);
+    opens_in_part("tar -Sch --format=oldgnu disk.raw | gzip --no-name -9 > d.tar.gz", "d.tar.gz", 10);
 }
 
 #[test]
@@ -156,12 +166,16 @@ fn gzip_of_zlib() {
 
 #[test]
 fn gzip_of_several_members() {
-    opens("(head -c 9000000 disk.raw | gzip -9; tail -c +9000001 disk.raw | gzip -1) > d.gz", "d.gz", 12);
+    opens_in_part(
+        "(head -c 9000000 disk.raw | gzip -9; tail -c +9000001 disk.raw | gzip -1) > d.gz",
+        "d.gz",
+        12,
+    );
 }
 
 #[test]
 fn pigz() {
-    opens("pigz -p 3 -6 -k disk.raw", "disk.raw.gz", 20);
+    opens_in_part("pigz -p 3 -6 -k disk.raw", "disk.raw.gz", 20);
 }
 
 /// Encoders that are nothing like zlib come back through corrections or not at all, but never wrong.
@@ -183,7 +197,7 @@ fn odd_encoders() {
 
 #[test]
 fn ociarchive() {
-    opens(
+    opens_in_part(
         "mkdir -p disk oci/blobs/sha256 && qemu-img convert -f raw -O qcow2 disk.raw disk/d.qcow2
          tar -c --owner=0 --group=0 disk | gzip -n > layer
          mv layer oci/blobs/sha256/$(sha256sum layer | cut -c1-64) && echo '{}' > oci/index.json
@@ -230,15 +244,15 @@ fn damaged_forms() {
     disk(dir.path());
     sh(
         dir.path(),
-        "head -c 3M disk.raw > part
+        "head -c 2M disk.raw > part
          qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized part 1
          qemu-img convert -f raw -O qcow2 -c part 2 && tar -cf 3 1 && gzip -c part > 4",
     );
     for name in ["1", "2", "3", "4"] {
         let form = fs::read(dir.path().join(name)).unwrap();
         // Bytes of headers and tables, and some of what follows.
-        for i in (0..600).chain((600..form.len()).step_by(form.len() / 40)) {
-            if i % 7 == 0 || i < 90 && i % 2 == 0 {
+        for i in (0..600).chain((600..form.len()).step_by(form.len() / 8)) {
+            if i % 43 == 0 || i < 90 && i % 5 == 0 {
                 let mut damaged = form.clone();
                 damaged[i] ^= 0x5a;
                 fs::write(dir.path().join("damaged"), damaged).unwrap();
@@ -248,7 +262,20 @@ fn damaged_forms() {
     }
 }
 
-/// A map with a flipped byte is refused, or makes other bytes or an error; it never panics or runs away.
+/// CRC-32 as in gzip.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, &b| {
+        (0..8).fold(crc ^ u32::from(b), |c, _| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 })
+    })
+}
+
+/// The bytes of a map with this content: checksum and end marker are right.
+fn sealed(content: &[u8]) -> Vec<u8> {
+    [content, &crc32(content).to_le_bytes(), b"end."].concat()
+}
+
+/// A map with a flipped byte is refused. Where the checksum fits again it makes other bytes or an error, but never
+/// panics or runs away.
 #[test]
 fn damaged_maps() {
     let dir = tempfile::tempdir().unwrap();
@@ -256,25 +283,32 @@ fn damaged_maps() {
     sh(
         dir.path(),
         "head -c 3M disk.raw > part && qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized part 1
-         gzip -9 -c part > 2 && gzip -6 -c 1 > 3",
+         gzip -9 -c part > 2 && pigz -11 --iterations 1 -n -c 1 > 3
+         python3 -c \"import gzip; open('4', 'wb').write(gzip.compress(open('1', 'rb').read()))\"",
     );
-    for name in ["1", "2", "3"] {
+    for name in ["1", "2", "3", "4"] {
         let form = open(&dir.path().join(name));
         let unfolded = unfold(&form, dir.path()).unwrap();
-        let map = unfolded.map.unwrap().to_bytes();
+        let Some(map) = unfolded.map else { continue };
+        let map = map.to_bytes();
+        let content = &map[..map.len() - 8];
+        assert_eq!(sealed(content), map);
         for cut in 0..map.len().min(300) {
             assert!(Map::from_bytes(&map[..cut]).is_err());
+            assert!(Map::from_bytes(&sealed(&content[..cut.min(content.len() - 1)])).is_err());
         }
         assert!(Map::from_bytes(&[&map[..], b"x"].concat()).is_err());
-        let step = (map.len() / 100).max(1);
-        for i in (0..map.len().min(60)).chain((60..map.len()).step_by(step)) {
-            for flip in [1, 0x80, 0xff] {
-                let mut damaged = map.clone();
-                damaged[i] ^= flip;
-                if let Ok(map) = Map::from_bytes(&damaged) {
-                    // Bounded: what it makes is counted, not kept.
-                    let _ = fold(&map, &mut SourceReader::new(&*unfolded.plain), &mut io::sink());
-                }
+        assert!(Map::from_bytes(&sealed(&[content, b"x"].concat())).is_err());
+        for i in (0..map.len()).step_by((map.len() / 300).max(1)) {
+            let mut damaged = map.clone();
+            damaged[i] ^= 1 << (i % 8);
+            assert!(Map::from_bytes(&damaged).is_err(), "{name}: byte {i}");
+            // Corrections are what the checksum is for.
+            if i < content.len()
+                && (name == "1" || name == "4")
+                && let Ok(map) = Map::from_bytes(&sealed(&damaged[..content.len()]))
+            {
+                let _ = fold(&map, &mut SourceReader::new(&*unfolded.plain), &mut io::sink());
             }
         }
     }
@@ -282,30 +316,38 @@ fn damaged_maps() {
 
 #[test]
 fn hostile_maps() {
-    let cases: [(&[u8], &str); 9] = [
-        (b"", "segment map: cut short"),
-        (b"\x02", "segment map: version 2, this program reads version 1"),
+    let refused = |bytes: &[u8], wanted: &str| {
+        let error = Map::from_bytes(bytes).unwrap_err().to_string();
+        assert!(error.starts_with(wanted), "{bytes:?}: {error}");
+    };
+    refused(b"", "segment map: cut short");
+    refused(b"\x02", "segment map: version 2, this program reads version 1");
+    refused(b"\x01\x00\x05\x01\x00\x05....end!", "segment map: no end marker");
+    refused(b"\x01\x00\x05\x01\x00\x05....end.", "segment map: checksum mismatch");
+    let cases: [(&[u8], &str); 7] = [
         (b"\x01\xff\xff\x03", "segment map: number of encoders is 65535, at most 252"),
         (b"\x01\x01\x00\x0a\x0f\x08", "segment map: no zlib parameters"),
         (
             b"\x01\x00\x05\xff\xff\xff\xff\x0f",
             "segment map: number of segments is 4294967295, at most 2097152",
         ),
-        (b"\x01\x00\x05\x01\x00\x00end.", "segment map: an empty segment"),
-        (b"\x01\x00\x05\x01\x04\x01end.", "segment map: no encoder 0"),
-        (b"\x01\x00\x05\x01\x01\xff\xff\xff\x7fend.", "segment map: length is 268435455, at most 4194304"),
-        (b"\x01\x00\x05\x01\x00\x05end!", "segment map: no end marker where it ends"),
+        (b"\x01\x00\x05\x01\x00\x00", "segment map: an empty segment"),
+        (b"\x01\x00\x05\x01\x04\x01", "segment map: no encoder 0"),
+        (b"\x01\x00\x05\x01\x01\xff\xff\xff\x7f", "segment map: length is 268435455, at most 4194304"),
+        (
+            b"\x01\x00\x05\x01\x00\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02",
+            "segment map: a number of more than",
+        ),
     ];
-    for (bytes, wanted) in cases {
-        let error = Map::from_bytes(bytes).unwrap_err().to_string();
-        assert!(error.starts_with(wanted), "{bytes:?}: {error}");
+    for (content, wanted) in cases {
+        refused(&sealed(content), wanted);
     }
     // More bytes, or fewer, than the map says.
-    for (bytes, wanted) in [
-        (b"\x01\x00\x04\x01\x00\x05end.", "fold: more bytes than the map says"),
-        (b"\x01\x00\x06\x01\x00\x05end.", "fold: 1 bytes less than the map says"),
+    for (content, wanted) in [
+        (b"\x01\x00\x04\x01\x00\x05", "fold: more bytes than the map says"),
+        (b"\x01\x00\x06\x01\x00\x05", "fold: 1 bytes less than the map says"),
     ] {
-        let map = Map::from_bytes(bytes).unwrap();
+        let map = Map::from_bytes(&sealed(content)).unwrap();
         let error = fold(&map, &mut &b"12345"[..], &mut io::sink()).unwrap_err().to_string();
         assert_eq!(error, wanted);
     }

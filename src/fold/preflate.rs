@@ -105,8 +105,7 @@ pub(super) fn keep_bits(bytes: &mut Vec<u8>, phase: u8, bits: u32) {
 #[derive(bitcode::Decode)]
 struct Corrections {
     parameters: TokenPredictorParameters,
-    #[expect(dead_code, reason = "has to be there for the layout")]
-    corrections: Vec<u8>,
+    _corrections: Vec<u8>,
 }
 
 /// Corrections of a piece longer than this many bytes are refused: every few bits of them can be a block to make.
