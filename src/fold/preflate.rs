@@ -75,7 +75,7 @@ const EMPTY_DYNAMIC: u128 = {
 /// Appends the lowest `n` of `value` to the `bits` bits of `out`.
 fn put_bits(out: &mut Vec<u8>, bits: &mut usize, value: u128, n: usize) {
     for i in 0..n {
-        if *bits % 8 == 0 {
+        if bits.is_multiple_of(8) {
             out.push(0);
         }
         let bit = (value >> i) as u8 & 1;
@@ -94,7 +94,7 @@ pub(super) fn keep_bits(bytes: &mut Vec<u8>, phase: u8, bits: u32) {
         *first &= 0xff << phase;
     }
     if let Some(last) = bytes.last_mut()
-        && end % 8 != 0
+        && !end.is_multiple_of(8)
     {
         *last &= (1 << (end % 8)) - 1;
     }
