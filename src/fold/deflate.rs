@@ -23,6 +23,9 @@ pub(super) fn candidates(wrap: Wrap) -> Vec<Params> {
     all
 }
 
+/// How many zlib streams with different parameters a thread keeps: more than there are candidates.
+const MAX_STREAMS: usize = 32;
+
 /// Streams that are set up once and used for many regions; one per thread.
 pub(super) struct Coder {
     deflate: Vec<(Params, Deflate)>,
@@ -57,6 +60,8 @@ impl Coder {
         let at = match self.deflate.iter().position(|(p, _)| *p == params) {
             Some(at) => at,
             None => {
+                // 256 KiB each, and a hostile map can name hundreds.
+                self.deflate.truncate(MAX_STREAMS - 1);
                 self.deflate.push((params, Deflate::new(params)?));
                 self.deflate.len() - 1
             }
@@ -79,7 +84,9 @@ impl Coder {
         let &Region::Small { offset, max_len, max_plain, wrap } = region else { return Ok(None) };
         let mut bytes = vec![0; max_len as usize];
         source.read_at(offset, &mut bytes)?;
-        let Some((plain, len)) = self.inflate(wrap)?.whole(&bytes, max_plain as usize)? else { return Ok(None) };
+        let Some((plain, len)) = self.inflate(wrap)?.whole(&bytes, max_plain as usize)? else {
+            return Ok(None);
+        };
         bytes.truncate(len);
         for &params in params {
             if self.deflate(&plain, params)? == bytes {

@@ -5,7 +5,8 @@
 //! `varint` is an unsigned LEB128 of at most 64 bits. Everything else is a single byte or a run of bytes.
 //!
 //! ```text
-//! map       version(1 byte: 1)  params-count(varint)  params*  level(0)  "end." (4 bytes); nothing follows
+//! map       version(1 byte: 1)  params-count(varint)  params*  level(0)  crc  "end." (4 bytes); nothing follows
+//! crc       CRC-32, as in gzip, of all bytes before it (4 bytes, little-endian)
 //! params    wrap(1: 0 raw, 1 zlib)  level(1: 1..9)  window-bits(1: 9..15)  mem-level(1: 1..9)
 //! level(d)  folded-len(varint)  segment-count(varint)
 //!           kind(1 byte) per segment
@@ -33,13 +34,16 @@
 //! first byte) or those which preflate makes of its plain bytes and its corrections (tag 1; see `preflate.rs`). The
 //! pieces follow each other bit by bit; the last byte is filled up with zeros.
 //!
+//! The checksum is there because `preflate-rs` does not bound what damaged corrections make it do. Against damage made on
+//! purpose only a digest of the map helps: whoever reads a map from elsewhere checks that first.
+//!
 //! Levels nest at most [`MAX_DEPTH`] deep. A map has at most [`MAX_SEGMENTS`] segments, counting pieces, and
 //! [`MAX_MAP`] bytes.
 
 use std::io;
 
 use super::scan::MAX_DEPTH;
-use super::zlib::{Params, Wrap};
+use super::zlib::{Params, Wrap, crc32};
 
 /// The longest map that is read or made, in bytes. That of a VMDK of 10 GiB has about 200 KB.
 pub const MAX_MAP: usize = 64 << 20;
@@ -79,7 +83,10 @@ pub(super) enum Segment {
 pub(super) enum Encoder {
     Zlib(Params),
     /// A raw stream of so many bits, with these corrections.
-    Preflate { corrections: Vec<u8>, bits: u32 },
+    Preflate {
+        corrections: Vec<u8>,
+        bits: u32,
+    },
 }
 
 /// Makes a deflate stream of a stream of bytes.
@@ -132,6 +139,8 @@ impl Map {
             out.extend([u8::from(p.wrap == Wrap::Zlib), p.level, p.window_bits, p.mem_level]);
         }
         self.put_level(&params, &mut out);
+        let crc = crc32(0, &out);
+        out.extend(crc.to_le_bytes());
         out.extend(END);
         out
     }
@@ -209,11 +218,20 @@ impl Map {
         if bytes.len() > MAX_MAP {
             return Err(bad(format!("{} bytes, at most {MAX_MAP} are read", bytes.len())));
         }
-        let mut input = Input { bytes, segments_left: MAX_SEGMENTS, params: Vec::new() };
-        let version = input.byte()?;
-        if version != VERSION {
-            return Err(bad(format!("version {version}, this program reads version {VERSION}")));
+        match bytes.first() {
+            Some(&VERSION) => {}
+            Some(other) => {
+                return Err(bad(format!("version {other}, this program reads version {VERSION}")));
+            }
+            None => return Err(bad("cut short")),
         }
+        let content = bytes.strip_suffix(END).ok_or_else(|| bad("no end marker"))?;
+        let (content, crc) = content.split_last_chunk::<4>().ok_or_else(|| bad("cut short"))?;
+        if crc32(0, content) != u32::from_le_bytes(*crc) {
+            return Err(bad("checksum mismatch"));
+        }
+        // The version is checked already.
+        let mut input = Input { bytes: &content[1..], segments_left: MAX_SEGMENTS, params: Vec::new() };
         for _ in 0..input.bounded("number of encoders", MAX_PARAMS as u64)? {
             let params = Params {
                 wrap: match input.byte()? {
@@ -231,8 +249,8 @@ impl Map {
             input.params.push(params);
         }
         let map = input.level(0)?;
-        if input.bytes != END {
-            return Err(bad("no end marker where it ends"));
+        if !input.bytes.is_empty() {
+            return Err(bad("bytes that belong to nothing"));
         }
         Ok(map)
     }
@@ -393,16 +411,5 @@ impl Map {
             })
         });
         Ok(Self { segments, folded_len, plain_len: plain_len.ok_or_else(|| bad("the lengths overflow"))? })
-    }
-
-    /// How many segments and pieces there are in all.
-    pub(super) fn count(&self) -> usize {
-        self.segments.iter().fold(self.segments.len(), |n, segment| match segment {
-            Segment::Stream { encoder, inner, .. } => {
-                let pieces = if let StreamEncoder::Pieces(p) = encoder { p.len() } else { 0 };
-                n + pieces + inner.count()
-            }
-            _ => n,
-        })
     }
 }

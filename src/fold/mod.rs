@@ -29,6 +29,6 @@ mod vmdk;
 mod zlib;
 
 pub use encode::fold;
-pub use peel::{Peeled, peel};
 pub use map::{MAX_MAP, Map};
+pub use peel::{Compression, Peeled, peel};
 pub use unfold::{Unfolded, unfold};

@@ -18,7 +18,9 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use preflate_rs::{PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor};
+use preflate_rs::{
+    PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor, TokenPredictorParameters,
+};
 
 /// How far back a match of a deflate stream reaches.
 pub(super) const WINDOW: usize = 32 << 10;
@@ -73,7 +75,7 @@ const EMPTY_DYNAMIC: u128 = {
 /// Appends the lowest `n` of `value` to the `bits` bits of `out`.
 fn put_bits(out: &mut Vec<u8>, bits: &mut usize, value: u128, n: usize) {
     for i in 0..n {
-        if *bits % 8 == 0 {
+        if bits.is_multiple_of(8) {
             out.push(0);
         }
         let bit = (value >> i) as u8 & 1;
@@ -92,10 +94,34 @@ pub(super) fn keep_bits(bytes: &mut Vec<u8>, phase: u8, bits: u32) {
         *first &= 0xff << phase;
     }
     if let Some(last) = bytes.last_mut()
-        && end % 8 != 0
+        && !end.is_multiple_of(8)
     {
         *last &= (1 << (end % 8)) - 1;
     }
+}
+
+/// How `preflate-rs` writes corrections (a private type of it, but its bytes are in our maps). Read here only to check
+/// the parameters, with some of which it would never end.
+#[derive(bitcode::Decode)]
+struct Corrections {
+    parameters: TokenPredictorParameters,
+    _corrections: Vec<u8>,
+}
+
+/// Corrections of a piece longer than this many bytes are refused: every few bits of them can be a block to make.
+const MAX_CORRECTIONS: usize = 4 << 20;
+
+/// Refuses corrections that can only be hostile.
+fn check(corrections: &[u8]) -> Result<(), &'static str> {
+    if corrections.len() > MAX_CORRECTIONS {
+        return Err("too long");
+    }
+    let p = bitcode::decode::<Corrections>(corrections).map_err(|_| "damaged")?.parameters;
+    // A block of no tokens makes no progress; no window is longer than 32 KiB, no chain than it.
+    if p.max_token_count == 0 || p.window_bits > 15 || p.max_chain > 1 << 15 {
+        return Err("impossible parameters");
+    }
+    Ok(())
 }
 
 /// Finds the corrections with which [`recreate`] makes the `bits` bits of `deflated`, of which the first is at
@@ -133,6 +159,7 @@ pub(super) fn analyse(piece: Piece<'_>, deflated: &[u8], bits: u32) -> Option<Ve
 /// and those after the last, are zero.
 pub(super) fn recreate(piece: Piece<'_>, corrections: &[u8], bits: u32) -> io::Result<Vec<u8>> {
     let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("fold: corrections: {what}"));
+    check(corrections).map_err(bad)?;
     let lead_in = piece.lead_in();
     let mut plain = io::Read::chain(piece.window, piece.plain);
     let made = catch_unwind(AssertUnwindSafe(|| {

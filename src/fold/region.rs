@@ -25,19 +25,15 @@ pub(super) enum Region {
     },
 }
 
-impl Region {
-    pub(super) fn offset(&self) -> u64 {
-        match self {
-            Self::Small { offset, .. } | Self::Gzip { offset, .. } => *offset,
-        }
-    }
-}
-
 /// The bytes at `at`, which must be there.
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     out.copy_from_slice(&bytes[at..at + N]);
     out
+}
+
+pub(super) fn u16_le(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(array(bytes, at))
 }
 
 pub(super) fn u32_le(bytes: &[u8], at: usize) -> u32 {

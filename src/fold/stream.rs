@@ -340,7 +340,10 @@ impl PieceWriter<'_> {
         let made: Vec<(bool, io::Result<Vec<u8>>)> = jobs
             .par_iter()
             .map(|(piece, plain)| {
-                let zero = !plain.last && plain.window.len() == WINDOW && is_zero(plain.window) && is_zero(plain.plain);
+                let zero = !plain.last
+                    && plain.window.len() == WINDOW
+                    && is_zero(plain.window)
+                    && is_zero(plain.plain);
                 if zero && let Some(known) = self.zeros.get(&(plain.phase, *piece)) {
                     return (zero, Ok(known.clone()));
                 }
@@ -375,10 +378,15 @@ fn make(piece: &Piece, plain: preflate::Piece<'_>) -> io::Result<Vec<u8>> {
             let mut bytes = bytes.clone();
             let before = bytes.len();
             keep_bits(&mut bytes, plain.phase, piece.bits);
-            if bytes.len() == before && (u64::from(plain.phase) + u64::from(piece.bits)).div_ceil(8) == before as u64 {
+            if bytes.len() == before
+                && (u64::from(plain.phase) + u64::from(piece.bits)).div_ceil(8) == before as u64
+            {
                 Ok(bytes)
             } else {
-                Err(io::Error::new(io::ErrorKind::InvalidData, "fold: a verbatim piece of another length than its bits"))
+                Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "fold: a verbatim piece of another length than its bits",
+                ))
             }
         }
     }

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::region::{Region, u32_le, u64_le};
+use super::region::{Region, u16_le, u32_le, u64_le};
 use super::zlib::Wrap;
 use crate::source::Source;
 
@@ -36,7 +36,7 @@ pub(super) fn regions(
     let mut header = [0; SECTOR as usize];
     source.read_at(start, &mut header)?;
     let grain = u64_le(&header, 20);
-    let algorithm = u16::from_le_bytes([header[77], header[78]]);
+    let algorithm = u16_le(&header, 77);
     if u32_le(&header, 8) & COMPRESSED_WITH_MARKERS != COMPRESSED_WITH_MARKERS
         || algorithm != DEFLATE
         || !(1..=MAX_GRAIN).contains(&grain)

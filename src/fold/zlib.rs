@@ -166,8 +166,17 @@ pub(super) struct Inflate(Box<MaybeUninit<z::z_stream>>);
 impl Inflate {
     /// A stream with the largest window.
     pub(super) fn new(wrap: Wrap) -> io::Result<Self> {
+        Self::with_bits(if wrap == Wrap::Raw { -15 } else { 15 })
+    }
+
+    /// A stream that takes a gzip member, header and checksum included.
+    pub(super) fn gzip() -> io::Result<Self> {
+        // 16 more than the window asks for gzip.
+        Self::with_bits(16 + 15)
+    }
+
+    fn with_bits(bits: c_int) -> io::Result<Self> {
         let mut stream = blank();
-        let bits = if wrap == Wrap::Raw { -15 } else { 15 };
         // SAFETY: as for `deflateInit2_`.
         let code = unsafe {
             z::inflateInit2_(stream.as_mut_ptr(), bits, z::zlibVersion(), size_of::<z::z_stream>() as c_int)
@@ -229,4 +238,12 @@ impl Drop for Inflate {
         // SAFETY: the stream was set up by `new` and is not used again.
         unsafe { z::inflateEnd(self.0.as_mut_ptr()) };
     }
+}
+
+/// The CRC-32 of `bytes` after others whose CRC is `crc`, 0 at first.
+pub(super) fn crc32(crc: u32, bytes: &[u8]) -> u32 {
+    bytes.chunks(MAX_PIECE).fold(crc, |crc, piece| {
+        // SAFETY: zlib reads `piece.len()` bytes from the pointer, which are borrowed for the call.
+        unsafe { z::crc32(crc.into(), piece.as_ptr(), piece.len() as u32) as u32 }
+    })
 }
