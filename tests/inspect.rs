@@ -3,12 +3,14 @@
 //! A disk laid out as the release tools do it is made once and converted to every format; what is reported is compared
 //! with what the tools say, and the guest's view with what `qemu-img convert` writes.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails panics")]
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use rehydrator::inspect::{Format, GuestDisk, Report, inspect};
 use rehydrator::source::{self, Source};
@@ -299,7 +301,7 @@ fn every_disk_format() {
         let report = look(&path);
         assert_eq!(report.format, format, "{name}");
         check_disk(&report, "disk.raw", 512);
-        let info = json(&*DISKS, "qemu-img", &["info", "--output=json", name]);
+        let info = json(&DISKS, "qemu-img", &["info", "--output=json", name]);
         // Without its name, qemu-img takes a fixed VHD for a raw disk.
         if format != Format::Vpc {
             assert_eq!(info["format"], format.to_string());
@@ -380,9 +382,10 @@ fn archives_are_looked_into() {
     // Not small enough.
     sh(dir, "tar -c --format=oldgnu disk.raw | gzip -1 > full.tar.gz");
     let tar = look(&dir.join("full.tar.gz")).inside.unwrap().report;
-    assert_eq!((tar.format, tar.partial, tar.members[0].size), (Format::Tar, true, 200 * MIB));
+    assert_eq!((tar.format, tar.size, tar.members[0].size), (Format::Tar, None, 200 * MIB));
     let disk = tar.inside.unwrap().report;
-    assert_eq!((disk.format, disk.partial, disk.virtual_size), (Format::Raw, true, Some(200 * MIB)));
+    assert_eq!((disk.format, disk.size, disk.virtual_size), (Format::Raw, Some(200 * MIB), Some(200 * MIB)));
+    assert!(disk.looked_at.unwrap() < 16 * MIB);
     assert_eq!(disk.partitions.len(), 4);
     assert_eq!(disk.partitions[1].filesystem.as_ref().unwrap().label.as_deref(), Some("EFI-SYSTEM"));
 
@@ -421,21 +424,53 @@ fn compressed_disks_by_their_beginning() {
         sh(dir, script);
         look(&dir.join(name))
     };
-    for (script, name, format) in [
-        ("xz -1 -T2 -c disk.raw > d.raw.xz", "d.raw.xz", Format::Xz),
-        ("gzip -1 -c disk.raw > d.raw.gz", "d.raw.gz", Format::Gzip),
-        ("zstd -q -1 -c disk.raw > d.raw.zst", "d.raw.zst", Format::Zstd),
+    for (script, name, format, size) in [
+        ("xz -1 -T2 --block-size=8MiB -c disk.raw > d.raw.xz", "d.raw.xz", Format::Xz, Some(200 * MIB)),
+        // Two streams: no index has the length of all.
+        ("xz -1 -c boot/vmlinuz > two.xz; xz -1 -c disk.raw >> two.xz", "two.xz", Format::Xz, None),
+        ("gzip -1 -c disk.raw > d.raw.gz", "d.raw.gz", Format::Gzip, None),
+        ("zstd -q -1 -c disk.raw > d.raw.zst", "d.raw.zst", Format::Zstd, None),
     ] {
         let report = report_of(script, name);
         assert_eq!((report.format, &report.unreadable[..]), (format, &[][..]));
         let disk = report.inside.unwrap().report;
-        assert_eq!((disk.format, disk.partial, disk.virtual_size), (Format::Raw, true, Some(200 * MIB)));
-        assert_eq!(disk.partitions.len(), 4);
+        assert_eq!((disk.size, disk.virtual_size.is_some()), (size, size.is_some()));
+        assert_eq!(disk.looked_at, Some(16 * MIB));
+        if name != "two.xz" {
+            assert_eq!((disk.format, disk.partitions.len()), (Format::Raw, 4));
+        }
     }
-    // Small enough to be looked at whole.
-    let report = report_of("gzip -c boot/System.map > map.gz", "map.gz");
-    let inside = report.inside.unwrap().report;
-    assert_eq!((inside.format, inside.partial, inside.size), (Format::Unknown, false, 2_500_000));
+    // Small enough to be looked at whole, in one part and in several.
+    for (script, name, size) in [
+        ("gzip -c boot/System.map > map.gz", "map.gz", 2_500_000),
+        ("cat map.gz map.gz > maps.gz", "maps.gz", 5_000_000),
+        ("(zstd -qc boot/System.map; zstd -qc boot/System.map) > maps.zst", "maps.zst", 5_000_000),
+        (
+            "(xz -c boot/System.map; head -c 8 /dev/zero; xz -c boot/System.map) > maps.xz",
+            "maps.xz",
+            5_000_000,
+        ),
+    ] {
+        let report = report_of(script, name);
+        assert_eq!((&report.detail, &report.unreadable[..]), (&None, &[][..]), "{name}");
+        let inside = report.inside.unwrap().report;
+        assert_eq!(
+            (inside.format, inside.size, inside.looked_at),
+            (Format::Unknown, Some(size), None),
+            "{name}"
+        );
+    }
+    // A live initramfs: one compressed archive after the other, each compressed differently.
+    let report = report_of(
+        "(cd boot; echo vmlinuz | cpio --quiet -o -H newc | zstd -q; head -c 508 /dev/zero
+          echo System.map | cpio --quiet -o -H newc | gzip -9) > initramfs",
+        "initramfs",
+    );
+    assert_eq!((report.format, &report.unreadable[..]), (Format::Zstd, &[][..]));
+    let at: usize =
+        report.detail.unwrap().strip_prefix("something else follows at ").unwrap().parse().unwrap();
+    assert_eq!(fs::read(dir.join("initramfs")).unwrap()[at..at + 2], [0x1f, 0x8b]);
+    assert_eq!(report.inside.unwrap().report.members[0].name, "vmlinuz");
 }
 
 #[test]
@@ -522,12 +557,18 @@ fn live_images() {
     assert_eq!(report.virtual_size, Some(2048 * blocks.parse::<u64>().unwrap()));
 }
 
-/// A source with one byte changed, or cut short.
+/// A source with bytes changed, or cut short; it notes what is read.
 struct Damaged {
     inner: Arc<dyn Source>,
     len: u64,
-    at: u64,
-    xor: u8,
+    bytes: Vec<(u64, u8)>,
+    reads: Mutex<Vec<(u64, usize)>>,
+}
+
+impl Damaged {
+    fn new(inner: &Arc<dyn Source>, len: u64, bytes: Vec<(u64, u8)>) -> Arc<Self> {
+        Arc::new(Self { inner: inner.clone(), len, bytes, reads: Mutex::default() })
+    }
 }
 
 impl Source for Damaged {
@@ -537,9 +578,12 @@ impl Source for Damaged {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         source::check_range(self.len, offset, buf.len())?;
+        self.reads.lock().unwrap().push((offset, buf.len()));
         self.inner.read_at(offset, buf)?;
-        if let Some(byte) = self.at.checked_sub(offset).and_then(|i| buf.get_mut(i as usize)) {
-            *byte ^= self.xor;
+        for &(at, value) in &self.bytes {
+            if let Some(byte) = at.checked_sub(offset).and_then(|i| buf.get_mut(i as usize)) {
+                *byte = value;
+            }
         }
         Ok(())
     }
@@ -557,9 +601,9 @@ fn damage_is_reported_and_never_a_panic() {
         "mkdir -p dmg/images/pxeboot; head -c 4096 boot/vmlinuz > dmg/b; cp boot/System.map dmg/images/pxeboot/
          xorriso -as mkisofs -quiet -V D -R -b b -no-emul-boot -o damage.iso dmg
          tar -Sc --format=oldgnu -f damage.tar disk.raw; find boot | cpio --quiet -o -H newc > damage.cpio
-         gzip -c damage.cpio > damage.gz; zip -q -r damage.zip boot/System.map esp",
+         gzip -c damage.cpio > damage.gz; xz -1c damage.cpio > damage.xz; zip -q -r damage.zip boot/System.map esp",
     );
-    for name in ["damage.iso", "damage.tar", "damage.cpio", "damage.gz", "damage.zip"] {
+    for name in ["damage.iso", "damage.tar", "damage.cpio", "damage.gz", "damage.xz", "damage.zip"] {
         files.push(dir.join(name));
     }
     let mut state = 88_172_645_463_325_252u64;
@@ -572,22 +616,29 @@ fn damage_is_reported_and_never_a_panic() {
     for path in files {
         let inner = open(&path);
         let len = inner.len();
-        for round in 0..120u64 {
-            // Half of the flips in the headers, a quarter in the boot file system, the rest anywhere.
-            let at = match round % 4 {
-                0 | 1 => random() % len.min(2048),
-                2 => (50 * MIB + random() % (256 << 10)) % len,
-                _ => random() % len,
-            };
-            let flipped = Damaged { inner: inner.clone(), len, at, xor: 1 << (random() % 8) };
-            let report = inspect(Arc::new(flipped)).unwrap();
+        let sound = Damaged::new(&inner, len, Vec::new());
+        inspect(sound.clone()).unwrap();
+        let reads = sound.reads.lock().unwrap().clone();
+        // Looking at a disk or archive takes little; a compressed file is decoded from its beginning.
+        let total: usize = reads.iter().map(|(_, len)| len).sum();
+        let packed = ["gz", "xz"].contains(&path.extension().unwrap().to_str().unwrap());
+        assert!(packed || total < 1 << 20, "{}: {total} bytes read", path.display());
+        for _ in 0..if packed { 20 } else { 200 } {
+            // Where it is read, and near the start of a read, where fields are.
+            let damage = (0..1 + random() % 3).map(|_| {
+                let (offset, len) = reads[(random() % reads.len() as u64) as usize];
+                (
+                    offset + random() % (len as u64).clamp(1, 4096),
+                    [0, 0xff, random() as u8][(random() % 3) as usize],
+                )
+            });
+            let report = inspect(Damaged::new(&inner, len, damage.collect())).unwrap();
             assert!(!report.to_string().is_empty());
         }
         for cut in
             [0, 1, 2, 100, 511, 512, 513, 1024, 4096, 32_768, 65_536, len / 3, len / 2, len - 512, len - 1]
         {
-            let cut = cut.min(len);
-            inspect(Arc::new(Damaged { inner: inner.clone(), len: cut, at: u64::MAX, xor: 0 })).unwrap();
+            inspect(Damaged::new(&inner, cut.min(len), Vec::new())).unwrap();
         }
     }
 }

@@ -38,8 +38,8 @@ pub(super) struct Inner {
     pub(super) name: Option<String>,
     /// Its bytes, or the beginning of them.
     pub(super) bytes: Arc<dyn Source>,
-    /// Whether those are all.
-    pub(super) whole: bool,
+    /// How many bytes there are in all, when that is known.
+    pub(super) size: Option<u64>,
     /// How it is compressed by the container itself.
     pub(super) packing: Option<Packing>,
 }
@@ -76,15 +76,19 @@ pub(super) fn tar(source: &Arc<dyn Source>, partial: bool) -> Result<Archive> {
         let size = entry.size();
         if largest.as_ref().is_none_or(|(most, ..)| size > *most) {
             largest = Some((size, entry.header().clone(), entry.raw_file_position()));
-            found.inner =
-                Some(Inner { name: Some(name.clone()), bytes: source.clone(), whole: true, packing: None });
+            found.inner = Some(Inner {
+                name: Some(name.clone()),
+                bytes: source.clone(),
+                size: Some(size),
+                packing: None,
+            });
         }
         found.members.push(Member { name, size });
     }
     if let (Some((size, header, at)), Some(inner)) = (largest, &mut found.inner) {
-        (inner.bytes, inner.whole) = match header.entry_type().is_gnu_sparse() {
+        inner.bytes = match header.entry_type().is_gnu_sparse() {
             true => sparse(source, &header, size, at)?,
-            false => part(source, at, size)?,
+            false => part(source, at, size)?.0,
         };
     }
     Ok(found)
@@ -92,12 +96,7 @@ pub(super) fn tar(source: &Arc<dyn Source>, partial: bool) -> Result<Archive> {
 
 /// The bytes of a sparse member in GNU's old format, whose data, or the rest of its map, starts at `at`: holes and data
 /// in turn. Ends early where the archive does.
-fn sparse(
-    source: &Arc<dyn Source>,
-    header: &tar::Header,
-    size: u64,
-    mut at: u64,
-) -> Result<(Arc<dyn Source>, bool)> {
+fn sparse(source: &Arc<dyn Source>, header: &tar::Header, size: u64, mut at: u64) -> Result<Arc<dyn Source>> {
     let header = header.as_gnu().context("tar: a sparse member without GNU's header")?;
     // That the map is sorted and adds up was checked when the member was listed.
     let mut map: Vec<(u64, u64)> = Vec::new();
@@ -131,7 +130,7 @@ fn sparse(
     if whole {
         parts.push(Arc::new(Zeros(size.saturating_sub(pos))));
     }
-    Ok((Arc::new(Concat::new(parts)?), whole))
+    Ok(Arc::new(Concat::new(parts)?))
 }
 
 /// Lists cpio archives in the newc format, one after the other, with `partial` the beginning of them; what follows them
@@ -160,8 +159,9 @@ pub(super) fn cpio(source: &Arc<dyn Source>, partial: bool) -> Result<Archive> {
             if mode & 0o170000 == 0o100000 {
                 if size > largest {
                     largest = size;
-                    let (bytes, whole) = part(source, data, size)?;
-                    found.inner = Some(Inner { name: Some(name.clone()), bytes, whole, packing: None });
+                    let (bytes, _) = part(source, data, size)?;
+                    found.inner =
+                        Some(Inner { name: Some(name.clone()), bytes, size: Some(size), packing: None });
                 }
                 found.members.push(Member { name, size });
             }
@@ -172,8 +172,10 @@ pub(super) fn cpio(source: &Arc<dyn Source>, partial: bool) -> Result<Archive> {
         let Some(zeros) = after.iter().position(|&b| b != 0) else { break };
         at += zeros as u64;
         if !is_cpio(&after[zeros..]) {
-            let (bytes, _) = part(source, at, source.len() - at)?;
-            found.inner = Some(Inner { name: None, bytes, whole: !partial, packing: None });
+            let len = source.len() - at;
+            let (bytes, _) = part(source, at, len)?;
+            let size = (!partial).then_some(len);
+            found.inner = Some(Inner { name: None, bytes, size, packing: None });
             break;
         }
     }
@@ -228,7 +230,7 @@ pub(super) fn zip(source: &Arc<dyn Source>) -> Result<Archive> {
         8 => (Some(Packing::Deflate), source.len().saturating_sub(data)),
         other => bail!("zip: {name}: compression method {other}: expected 0 or 8"),
     };
-    let (bytes, whole) = part(source, data, len)?;
-    found.inner = Some(Inner { name: Some(name), bytes, whole, packing });
+    let (bytes, _) = part(source, data, len)?;
+    found.inner = Some(Inner { name: Some(name), bytes, size: Some(size), packing });
     Ok(found)
 }

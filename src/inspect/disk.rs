@@ -51,12 +51,9 @@ pub(super) fn look(disk: &Arc<dyn Source>, partial: bool, report: &mut Report) {
         return;
     };
     match partitions(disk, sector) {
-        Ok((partitions, sectors)) => {
+        Ok(partitions) => {
             report.sector_size = Some(sector.as_u64() as u32);
             report.partitions = partitions;
-            if partial && report.virtual_size.is_none() {
-                report.virtual_size = sectors.checked_mul(sector.as_u64());
-            }
         }
         Err(e) => report.unreadable.push(format!("partition table: {e:#}")),
     }
@@ -78,8 +75,8 @@ fn sector_size(disk: &dyn Source) -> Option<gpt::disk::LogicalBlockSize> {
     first.or_else(|| [Lb512, Lb4096].into_iter().find(|size| there(disk.len().saturating_sub(size.as_u64()))))
 }
 
-/// The partitions, and how many sectors the disk has according to the table.
-fn partitions(disk: &Arc<dyn Source>, sector: gpt::disk::LogicalBlockSize) -> Result<(Vec<Partition>, u64)> {
+/// The partitions in the table.
+fn partitions(disk: &Arc<dyn Source>, sector: gpt::disk::LogicalBlockSize) -> Result<Vec<Partition>> {
     // The crate asserts the length of an entry, and allocates as much as the number of entries asks for.
     for at in [sector.as_u64(), disk.len().saturating_sub(sector.as_u64())] {
         if let Ok(header) = array::<92>(&**disk, at)
@@ -94,10 +91,6 @@ fn partitions(disk: &Arc<dyn Source>, sector: gpt::disk::LogicalBlockSize) -> Re
     }
     let reader = Reader::new(disk.clone(), READ_LIMIT);
     let table = guarded(|| Ok(gpt::GptConfig::new().logical_block_size(sector).open_from_device(reader)?))?;
-    let sectors = match table.primary_header() {
-        Ok(header) => header.backup_lba.saturating_add(1),
-        Err(_) => disk.len() / sector.as_u64(),
-    };
     let mut partitions = Vec::new();
     for (&number, entry) in table.partitions() {
         if !entry.is_used() {
@@ -115,7 +108,7 @@ fn partitions(disk: &Arc<dyn Source>, sector: gpt::disk::LogicalBlockSize) -> Re
             filesystem: None,
         });
     }
-    Ok((partitions, sectors))
+    Ok(partitions)
 }
 
 /// Runs a crate over bytes that may be hostile: a panic in it is an error like any other.

@@ -37,6 +37,9 @@ const START: usize = 68 << 10;
 /// How many containers inside each other are opened. `ociarchive` → layer (gzip) → tar → qcow2 are four.
 const MAX_DEPTH: u32 = 8;
 
+/// How many files of an archive are listed for people.
+const MAX_SHOWN: usize = 16;
+
 /// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -58,6 +61,8 @@ pub enum Format {
     Xz,
     Zstd,
     Kernel,
+    /// A program, or a kernel in the form that POWER boots.
+    Elf,
     /// None of the above.
     Unknown,
 }
@@ -80,6 +85,7 @@ impl fmt::Display for Format {
             Self::Xz => "xz",
             Self::Zstd => "zstd",
             Self::Kernel => "kernel",
+            Self::Elf => "elf",
             Self::Unknown => "unknown",
         })
     }
@@ -94,11 +100,12 @@ pub struct Report {
     /// The variant of the format, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-    /// Length in bytes; of what was decoded, with `partial`.
-    pub size: u64,
-    /// Only the beginning was looked at, because it is compressed.
-    #[serde(skip_serializing_if = "is_false")]
-    pub partial: bool,
+    /// Length in bytes; `None` when it is compressed and its container does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// How many bytes from the beginning were looked at, when it is compressed and too long to be decoded whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub looked_at: Option<u64>,
     /// Whether the format itself compresses its data (qcow2, VMDK).
     #[serde(skip_serializing_if = "is_false")]
     pub compressed: bool,
@@ -233,16 +240,18 @@ fn is_false(value: &bool) -> bool {
 /// An error means that not even its beginning can be read; everything else that is damaged is in
 /// [`Report::unreadable`].
 pub fn inspect(source: Arc<dyn Source>) -> Result<Report> {
-    Ok(look(source, false, 0)?)
+    let size = source.len();
+    Ok(look(source, Some(size), 0)?)
 }
 
-fn look(source: Arc<dyn Source>, partial: bool, depth: u32) -> io::Result<Report> {
+/// Looks at `source`, which may be only the beginning of `size` bytes, or of an unknown number of them.
+fn look(source: Arc<dyn Source>, size: Option<u64>, depth: u32) -> io::Result<Report> {
     let start = read::padded(&*source, 0, START)?;
     let mut report = Report {
         format: Format::Unknown,
         detail: None,
-        size: source.len(),
-        partial,
+        size,
+        looked_at: Some(source.len()).filter(|len| size != Some(*len)),
         compressed: false,
         virtual_size: None,
         sector_size: None,
@@ -263,7 +272,7 @@ fn look(source: Arc<dyn Source>, partial: bool, depth: u32) -> io::Result<Report
 impl Report {
     /// Fills in what `source`, which begins with `start`, is.
     fn fill(&mut self, source: Arc<dyn Source>, start: &[u8], depth: u32) -> Result<()> {
-        let partial = self.partial;
+        let partial = self.looked_at.is_some();
         if let Some(format) = guest::detect(&*source)? {
             self.format = format;
             let opened = guest::open(format, &*source)?;
@@ -285,8 +294,9 @@ impl Report {
                 Packing::Xz => Format::Xz,
                 Packing::Zstd => Format::Zstd,
             };
-            let whole = archive::Inner { name: None, bytes: source, whole: true, packing: Some(packing) };
-            return self.look_inside(whole, depth);
+            let size = if partial { None } else { packed::plain_len(&*source, packing) };
+            let inner = archive::Inner { name: None, bytes: source, size, packing: Some(packing) };
+            return self.look_inside(inner, depth);
         }
         let (format, archive) = if archive::is_cpio(start) {
             (Format::Cpio, archive::cpio(&source, partial))
@@ -295,16 +305,17 @@ impl Report {
         } else if start[257..].starts_with(b"ustar") {
             (Format::Tar, archive::tar(&source, partial))
         } else {
+            if let Some(machine) = kernel::elf(start) {
+                (self.format, self.detail) = (Format::Elf, Some(machine));
+                return Ok(());
+            }
             if let Some(detail) = kernel::kernel(start) {
                 (self.format, self.detail) = (Format::Kernel, Some(detail));
                 return Ok(());
             }
             disk::look(&source, partial, self);
             if !self.partitions.is_empty() || self.filesystem.is_some() || !self.unreadable.is_empty() {
-                self.format = Format::Raw;
-                if !partial {
-                    self.virtual_size = Some(self.size);
-                }
+                (self.format, self.virtual_size) = (Format::Raw, self.size);
             }
             return Ok(());
         };
@@ -322,19 +333,34 @@ impl Report {
         if depth == MAX_DEPTH {
             anyhow::bail!("more than {MAX_DEPTH} containers inside each other");
         }
-        let (bytes, whole) = match inner.packing {
-            None => (inner.bytes, inner.whole),
-            Some(packing) => {
-                let head = packed::head(inner.bytes, packing);
-                // The beginning of a compressed file ends in the middle of something; that is no damage.
-                if let Some(error) = head.error.filter(|_| !self.partial) {
-                    self.unreadable
-                        .push(format!("compressed data after {} bytes: {error}", head.bytes.len()));
+        let (bytes, size) = match inner.packing {
+            None => {
+                let (len, size) = (inner.bytes.len(), inner.size);
+                if let Some(size) = size.filter(|size| *size > len && self.looked_at.is_none()) {
+                    self.unreadable.push(format!("largest file: expected {size} bytes, found {len}"));
                 }
-                (Arc::new(head.bytes) as Arc<dyn Source>, head.whole)
+                (inner.bytes, size)
+            }
+            Some(packing) => {
+                let head = packed::head(&inner.bytes, packing);
+                let len = head.bytes.len() as u64;
+                // Where only the beginning of a compressed file is there, it ends in the middle of something.
+                let cut = self.looked_at.is_some() && head.error.is_some();
+                match head.error {
+                    Some(error) if !cut => {
+                        self.unreadable.push(format!("compressed data after {len} bytes: {error}"))
+                    }
+                    _ => {}
+                }
+                self.detail = head.followed_at.map(|at| format!("something else follows at {at}"));
+                (Arc::new(head.bytes) as Arc<dyn Source>, if head.whole { Some(len) } else { inner.size })
             }
         };
-        let report = look(bytes, self.partial || !whole, depth + 1)?;
+        let report = look(bytes, size, depth + 1)?;
+        // The largest file of an initramfs says nothing about it.
+        if self.format == Format::Cpio && inner.name.is_some() && report.filesystem.is_none() {
+            return Ok(());
+        }
         self.inside = Some(Box::new(Inside { name: inner.name, report }));
         Ok(())
     }
@@ -352,9 +378,11 @@ impl Report {
             Some(detail) => line(f, "format", &format_args!("{} ({detail})", self.format))?,
             None => line(f, "format", &self.format)?,
         }
-        match self.partial {
-            true => line(f, "looked at", &format_args!("the first {}", Size(self.size)))?,
-            false => line(f, "size", &Size(self.size))?,
+        if let Some(size) = self.size {
+            line(f, "size", &Size(size))?;
+        }
+        if let Some(len) = self.looked_at {
+            line(f, "looked at", &format_args!("the first {}", Size(len)))?;
         }
         if let Some(size) = self.virtual_size {
             line(f, "virtual size", &Size(size))?;
@@ -402,8 +430,11 @@ impl Report {
                 None => writeln!(f)?,
             }
         }
-        for member in &self.members {
+        for member in self.members.iter().take(MAX_SHOWN) {
             line(f, "file", member)?;
+        }
+        if let more @ 1.. = self.members.len().saturating_sub(MAX_SHOWN) {
+            line(f, "files", &format_args!("{more} more"))?;
         }
         for text in &self.unreadable {
             line(f, "unreadable", text)?;
