@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::dehydrate::Profile;
-use crate::rehydrate::Which;
 use crate::progress::Mode;
+use crate::rehydrate::Which;
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
 #[command(name = "rehydrator", version, propagate_version = true)]

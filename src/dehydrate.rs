@@ -24,7 +24,7 @@ use crate::io::scratch_file;
 use crate::produce::{How, Parts, produce};
 use crate::progress::Progress;
 use crate::recipe::{
-    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled
+    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled,
 };
 use crate::source::cluster::{Cache, Clustered};
 use crate::source::delta::Base;
@@ -151,6 +151,15 @@ struct Made {
     plain: Arc<dyn Source>,
 }
 
+/// The live rootfs.
+struct Live {
+    blob: Blob,
+    /// Its bytes.
+    rootfs: Arc<dyn Source>,
+    /// Its files, where they can be decoded.
+    files: Option<Arc<dyn Source>>,
+}
+
 /// An artifact without its outer compression.
 struct Form {
     /// What comes out.
@@ -189,18 +198,25 @@ impl Job<'_> {
 
         let mut parts_of_iso = Vec::new();
         let mut files = None;
-        if let (Some(item), Some((blob, rootfs, view))) = (rootfs_item, live) {
+        if let (Some(item), Some(Live { blob, rootfs, files: decoded })) = (rootfs_item, live) {
             let spec = push(specs, SourceSpec::Stored { blob });
             parts_of_iso.push(Made { spec, plain: rootfs });
-            done.insert(&item.name, self.artifact(item, NamedFile { name: item.name.clone(), blob }, spec, None, blob.size)?);
-            if let Some(plain) = view {
+            done.insert(
+                &item.name,
+                self.artifact(item, NamedFile { name: item.name.clone(), blob }, spec, None, blob.size)?,
+            );
+            if let Some(plain) = decoded {
                 let spec = push(specs, SourceSpec::Rootfs { image: spec, plain_size: plain.len() });
                 files = Some(Made { spec, plain });
             }
         }
         let scanned = files.as_ref().map(|made| Base::scan(&*made.plain, ZEROS)).transpose()?;
         let index = scanned.as_ref().map(Base::index);
-        let over_files = files.iter().zip(&index).next().map(|(made, index)| Over { parts: vec![made.clone()], index, zeros });
+        let over_files = files.iter().zip(&index).next().map(|(made, index)| Over {
+            parts: vec![made.clone()],
+            index,
+            zeros,
+        });
 
         for item in items.iter().filter(|i| i.file == "kernel" || i.file == "initramfs") {
             let plain = self.open(item)?;
@@ -224,7 +240,8 @@ impl Job<'_> {
         drop(index);
         drop(scanned);
 
-        let rest: Vec<&Item> = items.iter().copied().filter(|i| !done.contains_key(i.name.as_str())).collect();
+        let rest: Vec<&Item> =
+            items.iter().copied().filter(|i| !done.contains_key(i.name.as_str())).collect();
         let (isos, disks): (Vec<&Item>, Vec<&Item>) = rest.into_iter().partition(|i| i.format == "iso");
         self.all_over(&disks, base.into_iter().collect(), zeros, specs, done)?;
         parts_of_iso.extend(files);
@@ -282,7 +299,7 @@ impl Job<'_> {
     }
 
     /// Stores the live rootfs, and decodes its files into an unnamed file where they can be decoded.
-    fn live_rootfs(&self, item: &Item) -> Result<(Blob, Arc<dyn Source>, Option<Arc<dyn Source>>)> {
+    fn live_rootfs(&self, item: &Item) -> Result<Live> {
         let label = item.label();
         let context = || format!("artifact {label}");
         let mut file = File::open(self.dir.join(&item.name)).with_context(context)?;
@@ -301,10 +318,10 @@ impl Job<'_> {
             Ok(Arc::new(source::File::new(file)?) as Arc<dyn Source>)
         });
         match view {
-            Ok(view) => Ok((blob, rootfs, Some(view))),
+            Ok(files) => Ok(Live { blob, rootfs, files: Some(files) }),
             Err(e) => {
                 tracing::warn!("artifact {label}: {e}; the base disk is stored instead (profile fast)");
-                Ok((blob, rootfs, None))
+                Ok(Live { blob, rootfs, files: None })
             }
         }
     }
@@ -356,7 +373,11 @@ impl Job<'_> {
         let prove = |reduced: &Reduced| self.prove(&label, &plain.form.output.blob, reduced, specs, known);
         let Err(error) = prove(&reduced) else { return Ok(reduced) };
         // The form itself may not be what the stream metadata says: then nothing can be right.
-        store::check(&format!("artifact {label}"), source::Reader::new(&*plain.form.bytes), &plain.form.output.blob)?;
+        store::check(
+            &format!("artifact {label}"),
+            source::Reader::new(&*plain.form.bytes),
+            &plain.form.output.blob,
+        )?;
         if plain.map.is_none() {
             return Err(error.context("proof failed"));
         }
@@ -390,7 +411,14 @@ impl Job<'_> {
     }
 
     /// Produces an artifact from what was stored for it.
-    fn prove(&self, label: &str, expected: &Blob, reduced: &Reduced, specs: &[SourceSpec], known: &[Made]) -> Result<()> {
+    fn prove(
+        &self,
+        label: &str,
+        expected: &Blob,
+        reduced: &Reduced,
+        specs: &[SourceSpec],
+        known: &[Made],
+    ) -> Result<()> {
         let budget = if known.is_empty() { (self.options.memory / 2).max(PROOF_CACHE) } else { PROOF_CACHE };
         let sources = Sources::new(Cache::new(budget), |blob| self.writer.open(blob));
         for made in known {
@@ -407,13 +435,26 @@ impl Job<'_> {
     }
 
     /// Puts a reduced artifact's source into the index, and describes it.
-    fn keep(&self, item: &Item, output: NamedFile, reduced: Reduced, specs: &mut Vec<SourceSpec>) -> Result<Artifact> {
+    fn keep(
+        &self,
+        item: &Item,
+        output: NamedFile,
+        reduced: Reduced,
+        specs: &mut Vec<SourceSpec>,
+    ) -> Result<Artifact> {
         let stored = reduced.spec.blob().map_or(0, |b| b.size) + reduced.map.map_or(0, |b| b.size);
         let source = push(specs, reduced.spec);
         self.artifact(item, output, source, reduced.map, stored)
     }
 
-    fn artifact(&self, item: &Item, output: NamedFile, source: usize, map: Option<Blob>, stored: u64) -> Result<Artifact> {
+    fn artifact(
+        &self,
+        item: &Item,
+        output: NamedFile,
+        source: usize,
+        map: Option<Blob>,
+        stored: u64,
+    ) -> Result<Artifact> {
         let path = self.dir.join(&item.name);
         let size = path.metadata().with_context(|| path.display().to_string())?.len();
         let signature = read_if_there(&self.dir.join(format!("{}.sig", item.name)))?;

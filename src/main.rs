@@ -161,7 +161,7 @@ fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
                 extracted.delta.display()
             )?);
         }
-        { let parts = rehydrator.parts(artifact)?; parts.source }
+        rehydrator.parts(artifact)?.view()
     };
     let report = inspect(source).with_context(|| args.what.clone())?;
     if args.json {

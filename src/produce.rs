@@ -9,7 +9,7 @@ use std::thread::ScopedJoinHandle;
 use anyhow::{Context, Result};
 
 use crate::digest::{Digest, Hasher};
-use crate::fold::{self, Map};
+use crate::fold::{self, Folded, Map};
 use crate::progress::Task;
 use crate::recipe::Blob;
 use crate::sink::Output;
@@ -32,6 +32,16 @@ pub struct Parts {
     pub source: Arc<dyn Source>,
     /// What makes the output of them; without it, they are the output.
     pub map: Option<Map>,
+}
+
+impl Parts {
+    /// The output, to be looked into here and there.
+    pub fn view(self) -> Arc<dyn Source> {
+        match self.map {
+            Some(map) => Arc::new(Folded::new(map, self.source)),
+            None => self.source,
+        }
+    }
 }
 
 /// How to produce.
@@ -107,6 +117,9 @@ enum Piece {
     Zeros(u64),
 }
 
+/// The thread that hashes: where pieces go, and what comes out.
+type Hashing<'scope> = (SyncSender<Piece>, ScopedJoinHandle<'scope, (Digest, u64)>);
+
 /// Writes to an output, and hashes on another thread.
 struct Tee<'scope, 'a> {
     out: &'a mut dyn Output,
@@ -114,7 +127,7 @@ struct Tee<'scope, 'a> {
     pending: Vec<u8>,
     /// Bytes that may still come: a damaged or hostile recipe does not fill a disk.
     left: u64,
-    hash: Option<(SyncSender<Piece>, ScopedJoinHandle<'scope, (Digest, u64)>)>,
+    hash: Option<Hashing<'scope>>,
 }
 
 impl<'scope, 'a> Tee<'scope, 'a> {

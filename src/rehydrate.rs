@@ -17,8 +17,8 @@ use crate::produce::{How, Parts, produce};
 use crate::progress::Progress;
 use crate::recipe::{Artifact, Index, SourceSpec};
 use crate::sink::{self, NewFile, Output, Tar};
-use crate::source::cluster::Cache;
 use crate::source;
+use crate::source::cluster::Cache;
 use crate::store::{Sources, Store};
 
 /// Where artifacts go.
@@ -115,7 +115,13 @@ impl Rehydrator {
     }
 
     /// Writes `artifact` to `out`, and checks it. What is damaged is named in the error.
-    pub fn write(&self, artifact: &Artifact, validate: bool, progress: &Progress, out: &mut dyn Output) -> Result<()> {
+    pub fn write(
+        &self,
+        artifact: &Artifact,
+        validate: bool,
+        progress: &Progress,
+        out: &mut dyn Output,
+    ) -> Result<()> {
         let name = artifact.label();
         let task = progress.task(&name, Some(artifact.output.blob.size));
         let how = How { cache: self.sources.cache(), threads: self.threads, validate, task: &task };
@@ -150,7 +156,10 @@ impl Rehydrator {
             let source = self.sources.get(specs, i)?;
             if source.len() >= LARGE_BASE {
                 let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
-                self.sources.cache().scatter(&*source, &file).with_context(|| format!("source {i} of the index"))?;
+                self.sources
+                    .cache()
+                    .scatter(&*source, &file)
+                    .with_context(|| format!("source {i} of the index"))?;
                 self.sources.substitute(i, Arc::new(source::File::new(file)?));
             }
         }
@@ -164,7 +173,13 @@ fn is_broken_pipe(e: &anyhow::Error) -> bool {
 }
 
 /// Rehydrates what `which` says out of `data` into `dest`.
-pub fn rehydrate(data: &Path, which: &Which, dest: &Dest, options: &Options, progress: &Progress) -> Result<()> {
+pub fn rehydrate(
+    data: &Path,
+    which: &Which,
+    dest: &Dest,
+    options: &Options,
+    progress: &Progress,
+) -> Result<()> {
     if *dest == Dest::Stdout && io::stdout().is_terminal() {
         bail!("refusing to write disk images to a terminal; redirect stdout or name a directory");
     }
@@ -214,7 +229,7 @@ pub fn select<'a>(index: &'a Index, which: &Which) -> Result<Vec<&'a Artifact>> 
     let arch = pick_arch(index, which.arch.as_deref())?;
     let here: Vec<&Artifact> = index.artifacts.iter().filter(|a| a.arch == arch).collect();
     let wanted = |a: &Artifact| {
-        *all || *iso && a.is_iso() || *pxe && a.is_pxe() || a.disk().is_some_and(|d| disks.iter().any(|p| *p == d))
+        *all || *iso && a.is_iso() || *pxe && a.is_pxe() || a.disk().is_some_and(|d| disks.contains(&d))
     };
     let missing = |what: &str| format!("{arch}: no {what} in this release");
     for disk in disks {
@@ -246,22 +261,29 @@ pub fn pick_arch<'a>(index: &'a Index, asked: Option<&str>) -> Result<&'a str> {
             .with_context(|| format!("no artifacts for architecture {arch}; this release has {}", list())),
         None => match has.len() {
             1 => Ok(has.first().copied().unwrap_or_default()),
-            _ => has
-                .get(host)
-                .copied()
-                .with_context(|| format!("no artifacts for this machine's architecture, {host}; --arch picks one of {}", list())),
+            _ => has.get(host).copied().with_context(|| {
+                format!(
+                    "no artifacts for this machine's architecture, {host}; --arch picks one of {}",
+                    list()
+                )
+            }),
         },
     }
 }
 
 /// The artifact that `what` names: its output or published name, or what `--disk` calls it.
 pub fn find<'a>(index: &'a Index, what: &str, arch: Option<&str>) -> Result<&'a Artifact> {
-    if let Some(artifact) = index.artifacts.iter().find(|a| a.output.name == what || a.published.name == what) {
+    if let Some(artifact) = index.artifacts.iter().find(|a| a.output.name == what || a.published.name == what)
+    {
         return Ok(artifact);
     }
     let arch = pick_arch(index, arch)?;
     let named = |a: &&Artifact| a.arch == arch && a.disk().is_some_and(|disk| disk == what);
-    index.artifacts.iter().find(named).with_context(|| format!("{arch}: no artifact and no platform {what:?}"))
+    index
+        .artifacts
+        .iter()
+        .find(named)
+        .with_context(|| format!("{arch}: no artifact and no platform {what:?}"))
 }
 
 /// Prints the stream document to `out`, byte for byte.

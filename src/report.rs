@@ -15,7 +15,14 @@ pub fn dehydrated(index: &Index, out: &mut dyn Write) -> Result<()> {
     line(out, "artifact", "published", "stored", "ratio", "tier")?;
     for a in &index.artifacts {
         let size = a.published.blob.size;
-        line(out, &name(index, a), &bytes(size), &bytes(a.stored), &ratio(a.stored, size), &a.tier.to_string())?;
+        line(
+            out,
+            &name(index, a),
+            &bytes(size),
+            &bytes(a.stored),
+            &ratio(a.stored, size),
+            &a.tier.to_string(),
+        )?;
     }
     for u in &index.unhandled {
         line(out, &u.name, "", "", "", &format!("unhandled: {}", u.reason))?;
@@ -33,12 +40,18 @@ pub fn list(index: &Index, json: bool, out: &mut dyn Write) -> Result<()> {
         return Ok(writeln!(out)?);
     }
     let widths = index.artifacts.iter().fold([4, 8, 6, 4], |w, a| {
-        [w[0].max(a.arch.len()), w[1].max(a.platform.len()), w[2].max(a.format.len()), w[3].max(a.output.name.len())]
+        [
+            w[0].max(a.arch.len()),
+            w[1].max(a.platform.len()),
+            w[2].max(a.format.len()),
+            w[3].max(a.output.name.len()),
+        ]
     });
     let [arch, platform, format, name] = widths;
-    let line = |out: &mut dyn Write, a: &str, p: &str, f: &str, n: &str, size: &str, tier: &str| -> io::Result<()> {
-        writeln!(out, "{a:arch$}  {p:platform$}  {f:format$}  {n:name$}  {size:>11}  {tier}")
-    };
+    let line =
+        |out: &mut dyn Write, a: &str, p: &str, f: &str, n: &str, size: &str, tier: &str| -> io::Result<()> {
+            writeln!(out, "{a:arch$}  {p:platform$}  {f:format$}  {n:name$}  {size:>11}  {tier}")
+        };
     line(out, "arch", "platform", "format", "name", "size", "tier")?;
     for a in &index.artifacts {
         let size = bytes(a.output.blob.size);

@@ -139,8 +139,11 @@ impl NewFile {
             Ok(file) => (File::from(file), None),
             Err(_) => {
                 let prefix = format!(".{name}.");
-                let (file, path) =
-                    tempfile::Builder::new().prefix(&prefix).tempfile_in(dir).with_context(context)?.into_parts();
+                let (file, path) = tempfile::Builder::new()
+                    .prefix(&prefix)
+                    .tempfile_in(dir)
+                    .with_context(context)?
+                    .into_parts();
                 use std::os::unix::fs::PermissionsExt;
                 file.set_permissions(fs::Permissions::from_mode(0o644)).with_context(context)?;
                 (file, Some(path))

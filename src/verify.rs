@@ -25,7 +25,8 @@ pub fn verify(data: &Path, artifacts_too: Option<&Options>, progress: &Progress)
     bad.par_extend(blobs.par_iter().filter_map(|blob| {
         let error = store.verify(blob).err();
         task.advance(blob.size);
-        let needed_by = index.artifacts.iter().filter(|a| index.blobs_of(a).contains(blob)).map(|a| a.label());
+        let needed_by =
+            index.artifacts.iter().filter(|a| index.blobs_of(a).contains(blob)).map(|a| a.label());
         error.map(|e| format!("{e:#}, needed by {}", Vec::from_iter(needed_by).join(", ")))
     }));
     task.finish();

@@ -25,6 +25,7 @@ mod scan;
 mod stream;
 mod tar;
 mod unfold;
+mod view;
 mod vmdk;
 mod zlib;
 
@@ -32,3 +33,4 @@ pub use encode::fold;
 pub use map::{MAX_MAP, Map};
 pub use peel::{Compression, Peeled, peel};
 pub use unfold::{Unfolded, unfold};
+pub use view::Folded;

@@ -43,7 +43,8 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self> {
         let read = |name: &str, most: u64| -> Result<Vec<u8>> {
             let path = dir.join(name);
-            let file = File::open(&path).with_context(|| format!("no dehydrated directory: {}", path.display()))?;
+            let file =
+                File::open(&path).with_context(|| format!("no dehydrated directory: {}", path.display()))?;
             let mut bytes = Vec::new();
             file.take(most + 1).read_to_end(&mut bytes).with_context(|| path.display().to_string())?;
             ensure!(bytes.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
@@ -112,7 +113,12 @@ pub fn check(what: &str, reader: impl Read, expected: &Blob) -> Result<()> {
 
 /// Checks that `found` is `expected`; `what` names it in the error.
 pub fn matches(what: &str, found: &Blob, expected: &Blob) -> Result<()> {
-    ensure!(found.size == expected.size, "{what}: size mismatch: expected {}, got {}", expected.size, found.size);
+    ensure!(
+        found.size == expected.size,
+        "{what}: size mismatch: expected {}, got {}",
+        expected.size,
+        found.size
+    );
     ensure!(
         found.sha256 == expected.sha256,
         "{what}: sha256 mismatch: expected {}, got {}",

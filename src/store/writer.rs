@@ -95,7 +95,9 @@ impl Writer {
         let old = beside(&self.dir, ".old");
         remove(&old)?;
         match fs::rename(&self.dir, &old) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).context(self.dir.display().to_string()),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).context(self.dir.display().to_string());
+            }
             _ => {}
         }
         fs::rename(&self.partial, &self.dir).with_context(|| self.dir.display().to_string())?;
@@ -133,7 +135,9 @@ fn beside(dir: &Path, suffix: &str) -> PathBuf {
 
 fn remove(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).with_context(|| format!("removing {}", dir.display())),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("removing {}", dir.display()))
+        }
         _ => Ok(()),
     }
 }

@@ -1,14 +1,12 @@
 //! Damage and accidents: a clear error that names the artifact, a non-zero exit, no file under a final name that is not
 //! whole, and a rerun that completes.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Workdir, example, fails, ok, rehydrator, release, sha256sum, tool};
+use crate::common::{self, Workdir, example, fails, ok, rehydrator, release, sha256sum, tool};
 use serde_json::Value;
 
 /// A copy of the release's dehydrated directory whose files are linked until they are changed.

@@ -1,6 +1,6 @@
 //! The example release, made once by `ci/make-stream`, and the program under test.
 
-#![allow(dead_code, reason = "each test program uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,11 @@
 //! The main job on a release made by the release tools: every artifact comes back with the digest that the stream
 //! metadata names, in both profiles, from EROFS and from squashfs, to stdout, as tar and into a directory.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
+
 mod common;
+mod container;
+mod damage;
 
 use std::collections::BTreeSet;
 use std::fs;
