@@ -125,8 +125,8 @@ impl Rehydrator {
         let name = artifact.label();
         let task = progress.task(&name, Some(artifact.output.blob.size));
         let how = How { cache: self.sources.cache(), threads: self.threads, validate, task: &task };
-        let parts = self.parts(artifact).with_context(|| format!("artifact {name}"))?;
-        let result = produce(&name, &parts, &artifact.output.blob, &how, out);
+        let parts = self.parts(artifact).with_context(|| format!("artifact {name}"));
+        let result = parts.and_then(|parts| produce(&name, &parts, &artifact.output.blob, &how, out));
         let stats = self.sources.cache().stats();
         tracing::debug!(artifact = name, clusters = stats.clusters, decodes = stats.decodes, "produced");
         if result.is_ok() {
@@ -144,23 +144,30 @@ impl Rehydrator {
         }
     }
 
+    fn write_out(&self, i: usize, dir: &Path) -> Result<()> {
+        let source = self.sources.get(&self.store.index.sources, i)?;
+        if source.len() >= LARGE_BASE {
+            let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
+            self.cache().scatter(&*source, &file)?;
+            self.sources.substitute(i, Arc::new(source::File::new(file)?));
+        }
+        Ok(())
+    }
+
     /// Writes the large bases that `artifacts` share to unnamed files in `dir`, each cluster of the live rootfs decoded
     /// once, and reads them from there.
     fn write_out_bases(&self, artifacts: &[&Artifact], dir: &Path) -> Result<()> {
         let specs = &self.store.index.sources;
+        // What is mostly made of those files has them in front. The ISO, which has them last, reads a few clusters.
         let over_rootfs = |i: &usize| {
-            specs[*i].inputs().iter().any(|&input| matches!(specs[input], SourceSpec::Rootfs { .. }))
+            specs[*i].inputs().first().is_some_and(|&input| matches!(specs[input], SourceSpec::Rootfs { .. }))
         };
-        let needed: BTreeSet<usize> = artifacts.iter().flat_map(|a| self.store.index.sources_of(a)).collect();
-        for i in needed.into_iter().filter(over_rootfs) {
-            let source = self.sources.get(specs, i)?;
-            if source.len() >= LARGE_BASE {
-                let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
-                self.sources
-                    .cache()
-                    .scatter(&*source, &file)
-                    .with_context(|| format!("source {i} of the index"))?;
-                self.sources.substitute(i, Arc::new(source::File::new(file)?));
+        let mut done = BTreeSet::new();
+        for artifact in artifacts {
+            for i in self.store.index.sources_of(artifact).into_iter().filter(over_rootfs) {
+                if done.insert(i) {
+                    self.write_out(i, dir).map_err(|e| self.diagnose(artifact, e))?;
+                }
             }
         }
         Ok(())

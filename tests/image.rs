@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rehydrator::digest::Digest;
 use rehydrator::oci::image::{build, build_at};
 use rehydrator::recipe::{Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier};
+use rehydrator::store::index_digest;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -89,6 +90,7 @@ fn dehydrated(dir: &Path) -> Index {
     fs::write(dir.join("stream.json"), stream_json).unwrap();
     fs::write(dir.join("stream.json.sig"), "signature of the stream").unwrap();
     fs::write(dir.join("index.json"), index.to_json()).unwrap();
+    fs::write(dir.join("index.json.sha256"), index_digest(&index.to_json())).unwrap();
     for blob in BLOBS {
         fs::write(dir.join(format!("blobs/sha256/{}", Digest::of(blob))), blob).unwrap();
     }
@@ -320,14 +322,13 @@ fn a_flipped_byte_is_an_error_and_leaves_nothing() {
     let mut content = BLOBS[0].to_vec();
     content[200_000] ^= 1;
     fs::write(&path, &content).unwrap();
-    let expected =
-        format!("blob {digest}: sha256 mismatch: expected {digest}, found {}", Digest::of(&content));
+    let expected = format!("blob {digest}: sha256 mismatch: expected {digest}, got {}", Digest::of(&content));
     assert_eq!(f.fails(&f.at("oci", "image")), expected);
     assert_eq!(f.fails(&f.at("oci-archive", "image.tar")), expected);
     assert_eq!(f.left(), [""; 0]);
 
     fs::write(&path, &content[1..]).unwrap();
-    let expected = format!("blob {digest}: size mismatch: expected 300000, found 299999");
+    let expected = format!("blob {digest}: expected 300000 bytes, got 299999");
     assert_eq!(f.fails(&f.at("oci", "image")), expected);
     fs::remove_file(&path).unwrap();
     let missing = f.fails(&f.at("oci", "image"));
@@ -352,7 +353,7 @@ fn metadata_is_checked_too() {
         let bad = good.to_ascii_uppercase();
         fs::write(&path, &bad).unwrap();
         let (good_digest, bad_digest) = (Digest::of(&good), Digest::of(&bad));
-        let expected = format!("{name}: sha256 mismatch: expected {good_digest}, found {bad_digest}");
+        let expected = format!("{name}: sha256 mismatch: expected {good_digest}, got {bad_digest}");
         assert_eq!(f.fails(&f.at("oci", "image")), expected);
         fs::write(&path, &good).unwrap();
     }

@@ -22,7 +22,8 @@ use super::{
     ANNOTATION_ARCHITECTURES, ANNOTATION_ARTIFACTS, ANNOTATION_FILES, ANNOTATION_STREAM, DATA, PROGRAM, elf,
 };
 use crate::digest::{Digest, Hasher};
-use crate::recipe::{Blob, Index, MAX_INDEX};
+use crate::recipe::{Blob, Index};
+use crate::store::{self, Store};
 
 /// The largest layer, in bytes: registries that keep blobs in object stores refuse more than 5 GB at once, and 4 GiB
 /// leaves room for what they count differently.
@@ -31,12 +32,6 @@ pub const MAX_LAYER: u64 = 4 << 30;
 /// The most data layers; with those of the program and the metadata, 60. Container engines stack at most 127 or 128
 /// layers, and whoever builds on top of the image needs some of them.
 pub const MAX_DATA_LAYERS: usize = 58;
-
-/// The longest stream document, in bytes; those of 2026 are 60 KB.
-const MAX_STREAM: u64 = 16 << 20;
-
-/// The longest signature, in bytes; those of 2026 are 566 bytes.
-const MAX_SIGNATURE: u64 = 1 << 20;
 
 /// The latest time that the twelve octal digits of a tar header hold, in seconds of the epoch.
 const MAX_TIME: u64 = 0o77_777_777_777;
@@ -62,20 +57,19 @@ pub fn build(dehydrated: &Path, program: &Path, output: &str) -> Result<Digest> 
 /// [`build`], with `time` instead of [`source_date_epoch`].
 pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> Result<Digest> {
     let destination: Destination = output.parse()?;
-    let index_json = read_file(&dehydrated.join("index.json"), MAX_INDEX)?;
-    let index = Index::from_json(&index_json)?;
-    let stream_json = checked(dehydrated, "stream.json", index.stream.blob, MAX_STREAM)?;
-    let groups = group(&index)?;
+    let store = Store::open(dehydrated)?;
+    let index = &store.index;
+    let groups = group(index)?;
 
     let staging = Staging::new(destination)?;
     let (arch, layer) = program_layer(&staging, program, time)?;
     let mut layers = vec![layer];
-    layers.push(metadata_layer(&staging, dehydrated, &index, &index_json, &stream_json, time)?);
+    layers.push(metadata_layer(&staging, &store, time)?);
     for group in groups {
-        layers.push(data_layer(&staging, dehydrated, &index, &group, time)?);
+        layers.push(data_layer(&staging, &store, &group, time)?);
     }
 
-    let about = about(&index, &stream_json, time)?;
+    let about = about(index, &store.stream()?, time)?;
     let platform = PlatformBuilder::default().architecture(arch).os(Os::Linux).build()?;
     let config = ImageConfigurationBuilder::default()
         .created(rfc3339(time))
@@ -275,29 +269,8 @@ fn program_layer(staging: &Staging, program: &Path, time: u64) -> Result<(Arch, 
 }
 
 /// The metadata: everything of the dehydrated directory but the blobs.
-fn metadata_layer(
-    staging: &Staging,
-    dehydrated: &Path,
-    index: &Index,
-    index_json: &[u8],
-    stream_json: &[u8],
-    time: u64,
-) -> Result<Layer> {
-    let mut files = BTreeMap::from([
-        ("index.json".to_string(), index_json.to_vec()),
-        ("stream.json".to_string(), stream_json.to_vec()),
-    ]);
-    let signature = "stream.json.sig";
-    if dehydrated.join(signature).exists() {
-        files.insert(signature.to_string(), read_file(&dehydrated.join(signature), MAX_SIGNATURE)?);
-    }
-    for artifact in &index.artifacts {
-        if let Some(expected) = artifact.signature {
-            let name = format!("signatures/{}.sig", artifact.published.name);
-            let content = checked(dehydrated, &name, expected, MAX_SIGNATURE)?;
-            files.insert(name, content);
-        }
-    }
+fn metadata_layer(staging: &Staging, store: &Store, time: u64) -> Result<Layer> {
+    let files = store.metadata()?;
     data_or_metadata(staging, "metadata".into(), None, time, |tar| {
         files
             .into_iter()
@@ -311,13 +284,8 @@ fn metadata_layer(
 }
 
 /// The blobs of a group.
-fn data_layer(
-    staging: &Staging,
-    dehydrated: &Path,
-    index: &Index,
-    group: &Group,
-    time: u64,
-) -> Result<Layer> {
+fn data_layer(staging: &Staging, store: &Store, group: &Group, time: u64) -> Result<Layer> {
+    let index = &store.index;
     let artifacts: BTreeSet<_> =
         group.artifacts.iter().map(|&i| index.artifacts[i].output.name.as_str()).collect();
     let artifacts = list(artifacts)?;
@@ -328,13 +296,11 @@ fn data_layer(
             .map(|&expected| {
                 let name = format!("blobs/sha256/{}", expected.sha256);
                 let blob = || format!("blob {}", expected.sha256);
-                let file = File::open(dehydrated.join(&name)).with_context(blob)?;
-                let size = file.metadata().with_context(blob)?.len();
-                compare(expected, Blob { size, ..expected }).with_context(blob)?;
+                let file = store.blob(&expected)?;
                 let (found, offset) =
-                    tar.file(&format!("{DATA}/{name}"), 0o644, size, file).with_context(blob)?;
-                compare(expected, found).with_context(blob)?;
-                Ok((name, offset, size))
+                    tar.file(&format!("{DATA}/{name}"), 0o644, expected.size, file).with_context(blob)?;
+                store::matches(&blob(), &found, &expected)?;
+                Ok((name, offset, expected.size))
             })
             .collect()
     })
@@ -371,30 +337,6 @@ fn list<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<String> {
         Some(name) => bail!("{name:?}: a comma in a name: an image cannot list it"),
         None => Ok(names.join(",")),
     }
-}
-
-/// Refuses a file that is not the one in the index.
-fn compare(expected: Blob, found: Blob) -> Result<()> {
-    ensure!(found.size == expected.size, "size mismatch: expected {}, found {}", expected.size, found.size);
-    let (expected, found) = (expected.sha256, found.sha256);
-    ensure!(found == expected, "sha256 mismatch: expected {expected}, found {found}");
-    Ok(())
-}
-
-/// A small file of the dehydrated directory that the index has the digest of.
-fn checked(dehydrated: &Path, name: &str, expected: Blob, limit: u64) -> Result<Vec<u8>> {
-    let content = read_file(&dehydrated.join(name), limit)?;
-    compare(expected, Blob { sha256: Digest::of(&content), size: content.len() as u64 })
-        .context(name.to_string())?;
-    Ok(content)
-}
-
-fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let at = || path.display().to_string();
-    let mut content = Vec::new();
-    File::open(path).with_context(at)?.take(limit + 1).read_to_end(&mut content).with_context(at)?;
-    ensure!(content.len() as u64 <= limit, "{}: longer than {limit} bytes", at());
-    Ok(content)
 }
 
 /// A time, in seconds of the epoch, as RFC 3339 writes it, in UTC.

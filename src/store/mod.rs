@@ -6,6 +6,7 @@
 mod sources;
 mod writer;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ pub const BLOBS: &str = "blobs/sha256";
 /// A dehydrated directory, open for reading.
 pub struct Store {
     dir: PathBuf,
+    index_json: Vec<u8>,
     /// Its index, checked.
     pub index: Index,
 }
@@ -61,7 +63,7 @@ impl Store {
             String::from_utf8_lossy(&expected).split(' ').next().unwrap_or_default(),
             Digest::of(&bytes)
         );
-        Ok(Self { dir: dir.to_owned(), index })
+        Ok(Self { dir: dir.to_owned(), index_json: bytes, index })
     }
 
     /// Opens a blob, and checks its length.
@@ -88,6 +90,30 @@ impl Store {
         self.read(&Path::new(SIGNATURES).join(format!("{name}.sig")), blob)
     }
 
+    /// Every file of the directory but the blobs, by its path in it, checked. The signature of the stream document is
+    /// of no known digest; it is taken as it is.
+    pub fn metadata(&self) -> Result<BTreeMap<String, Vec<u8>>> {
+        let mut files = BTreeMap::from([
+            (INDEX.to_string(), self.index_json.clone()),
+            (INDEX_DIGEST.to_string(), index_digest(&self.index_json).into_bytes()),
+            (STREAM.to_string(), self.stream()?),
+        ]);
+        let signature = self.dir.join(STREAM_SIGNATURE);
+        if signature.exists() {
+            let mut bytes = Vec::new();
+            let file = File::open(&signature).with_context(|| signature.display().to_string())?;
+            file.take(MAX_INDEX).read_to_end(&mut bytes).with_context(|| signature.display().to_string())?;
+            files.insert(STREAM_SIGNATURE.to_string(), bytes);
+        }
+        for artifact in &self.index.artifacts {
+            if let Some(signature) = &artifact.signature {
+                let name = &artifact.published.name;
+                files.insert(format!("{SIGNATURES}/{name}.sig"), self.signature(name, signature)?);
+            }
+        }
+        Ok(files)
+    }
+
     fn read(&self, name: &Path, blob: &Blob) -> Result<Vec<u8>> {
         let path = self.dir.join(name);
         ensure!(blob.size <= MAX_INDEX, "{}: longer than {MAX_INDEX} bytes", name.display());
@@ -101,7 +127,7 @@ impl Store {
 }
 
 /// What is in [`INDEX_DIGEST`] beside an index of these bytes.
-fn index_digest(index: &[u8]) -> String {
+pub fn index_digest(index: &[u8]) -> String {
     format!("{}  {INDEX}\n", Digest::of(index))
 }
 
