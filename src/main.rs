@@ -1,6 +1,6 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -18,18 +18,21 @@ use rehydrator::store::Store;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
 use rehydrator::{download, memory, oci, report};
+use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let progress = Progress::new(cli.progress);
+    let filter = EnvFilter::try_from_env("REHYDRATOR_LOG").unwrap_or_else(|_| "rehydrator=warn".into());
+    let stderr = Stderr(progress.clone());
     tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("REHYDRATOR_LOG").unwrap_or_else(|_| "warn".into()),
-        )
+        .with_writer(move || stderr.clone())
+        .with_ansi(io::stderr().is_terminal())
+        .with_env_filter(filter)
         .without_time()
         .with_target(false)
         .init();
-    match run(cli) {
+    match run(cli.command, &progress) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // Whoever reads our pipe had enough: no news to them.
@@ -45,11 +48,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
-    let progress = Progress::new(cli.progress);
+/// Standard error for messages, which do not break the bars that are there.
+#[derive(Clone)]
+struct Stderr(Progress);
+
+impl Write for Stderr {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write(buf))
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn run(command: Command, progress: &Progress) -> Result<()> {
     let mut out = io::stdout().lock();
-    match cli.command {
-        Command::Build(build) => run_build(build, &progress, &mut out),
+    match command {
+        Command::Build(build) => run_build(build, progress, &mut out),
         Command::Rehydrate(args) => {
             drop(out);
             let dest = if args.dest == "-" { Dest::Stdout } else { Dest::Dir(args.dest.into()) };
@@ -58,14 +73,14 @@ fn run(cli: Cli) -> Result<()> {
                 validate: !args.skip_validate,
                 force: args.force,
             };
-            rehydrate(&args.data.data, &args.which, &dest, &options, &progress)
+            rehydrate(&args.data.data, &args.which, &dest, &options, progress)
         }
         Command::PrintStreamJson(data) => rehydrate::print_stream(&data.data, &mut out),
         Command::List(args) => report::list(&Store::open(&args.data.data)?.index, args.json, &mut out),
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
             let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
-            verify(&args.data.data, args.rehydrate.then_some(&options), &progress)
+            verify(&args.data.data, args.rehydrate.then_some(&options), progress)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);

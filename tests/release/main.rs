@@ -183,6 +183,30 @@ fn rdiff_applies_a_delta() {
 }
 
 #[test]
+fn inspect_looks_into_artifacts() {
+    let workdir = release();
+    for artifact in workdir.expected("x86_64").iter().filter(|a| a.file == "disk" && a.format != "iso") {
+        let mut inspect = rehydrator();
+        inspect.args(["inspect", &artifact.output(), "--json", "--data"]).arg(workdir.data());
+        let report = String::from_utf8(ok(&mut inspect)).unwrap();
+        let id = format!("\"platform-id\": \"{}\"", artifact.platform);
+        assert!(report.contains(&id), "{artifact:?}: {report}");
+        assert!(report.contains("\"virtual-size\""), "{artifact:?}: {report}");
+    }
+}
+
+#[test]
+fn completions_and_man_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    ok(rehydrator().arg("man-pages").arg(dir.path()));
+    let page = fs::read_to_string(dir.path().join("rehydrator-rehydrate.1")).unwrap();
+    assert!(page.contains("metal4k"), "{page}");
+    let script = dir.path().join("completions");
+    fs::write(&script, ok(rehydrator().args(["completions", "bash"]))).unwrap();
+    ok(tool("bash").arg("-n").arg(&script));
+}
+
+#[test]
 fn list_and_verify() {
     let workdir = release();
     let list = ok(rehydrator().args(["list", "--json", "--data"]).arg(workdir.data()));
