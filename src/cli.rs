@@ -36,11 +36,15 @@ pub enum Command {
     /// Check every blob and signature of a dehydrated directory
     Verify(Verify),
     /// Print shell completions
-    #[command(hide = true)]
-    Completions { shell: clap_complete::Shell },
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// Write man pages into a directory
-    #[command(hide = true)]
-    ManPages { dir: PathBuf },
+    ManPages {
+        /// The directory, which is made when it is not there
+        dir: PathBuf,
+    },
 }
 
 /// Where the build happens.

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use rustix::fs::FlockOperation;
 
 use super::{BLOBS, INDEX, INDEX_DIGEST, SIGNATURES, index_digest};
 use crate::digest::Hasher;
@@ -20,6 +21,8 @@ use crate::recipe::{Blob, Index};
 pub struct Writer {
     dir: PathBuf,
     partial: PathBuf,
+    /// Held until the end: two writers of one directory would remove each other's files.
+    _lock: File,
 }
 
 /// A file that is being written; it is nowhere until [`BlobWriter::keep`].
@@ -28,13 +31,17 @@ pub type BlobWriter = Hasher<tempfile::NamedTempFile>;
 impl Writer {
     /// Begins to make `dir`.
     pub fn create(dir: &Path) -> Result<Self> {
+        let parent = parent(dir);
+        let lock = File::open(parent).with_context(|| parent.display().to_string())?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .with_context(|| format!("{}: another process is at it", dir.display()))?;
         let partial = beside(dir, ".partial");
         remove(&partial)?;
         for sub in [BLOBS, SIGNATURES] {
             let sub = partial.join(sub);
             fs::create_dir_all(&sub).with_context(|| sub.display().to_string())?;
         }
-        Ok(Self { dir: dir.to_owned(), partial })
+        Ok(Self { dir: dir.to_owned(), partial, _lock: lock })
     }
 
     /// Where scratch files may lie: on the same file system, and gone with the directory.
@@ -101,7 +108,7 @@ impl Writer {
             _ => {}
         }
         fs::rename(&self.partial, &self.dir).with_context(|| self.dir.display().to_string())?;
-        sync_dir(self.dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        sync_dir(parent(&self.dir))?;
         remove(&old)
     }
 }
@@ -125,6 +132,10 @@ fn persist(file: tempfile::NamedTempFile, path: &Path) -> Result<()> {
 
 fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).with_context(|| dir.display().to_string())
+}
+
+fn parent(dir: &Path) -> &Path {
+    dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn beside(dir: &Path, suffix: &str) -> PathBuf {

@@ -211,6 +211,12 @@ fn killed_in_the_middle() {
         command.args(["--arch", "ppc64le"]);
         command
     };
+    let mut first = dehydrate().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let error = fails(&mut dehydrate());
+    assert!(error.contains("another process is at it"), "{error}");
+    first.kill().unwrap();
+    first.wait().unwrap();
     let mut killed = 0;
     for ms in [100, 700, 2000] {
         killed += u32::from(kill_after(&mut dehydrate(), Duration::from_millis(ms)));
