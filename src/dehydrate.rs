@@ -63,10 +63,10 @@ const ZEROS: u64 = 64 << 30;
 /// zstd's strongest ordinary level: there are a few MB of literals to a disk.
 const DELTA_LEVEL: i32 = 19;
 
-/// For the base of profile `fast`, hundreds of MB: a level that is not felt beside the decompression of the inputs.
+/// For the base of profile `fast`, hundreds of MB: a guess between size and time that no measurement stands behind yet.
 const BASE_LEVEL: i32 = 12;
 
-/// Memory that reducing one artifact takes, in bytes: xz -9 needs 65 MB to decode, zstd -19 and preflate the rest.
+/// Memory set aside for reducing one artifact, in bytes; generous, so that several at once stay within the limit.
 const MEMORY_EACH: u64 = 640 << 20;
 
 /// Cache of a proof that reads its base from a file, in bytes.

@@ -8,6 +8,7 @@
 //!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
+pub mod bytes;
 pub mod catalog;
 pub mod cli;
 pub mod dehydrate;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 /// The modules in the order of the flow.
 const ORDER: &[&str] = &[
+    "bytes",
     "digest",
     "io",
     "memory",

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use liblzma::read::XzDecoder;
 use liblzma::stream::{CONCATENATED, Stream};
 
-use super::region::{u16_le, u32_le, u64_le};
 use super::zlib::{Inflate, Stop, crc32};
+use crate::bytes::{le16, le32, le64};
 use crate::io::{SparseWriter, scratch_file};
 use crate::source::{File, Source};
 
@@ -200,33 +200,33 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
     let tail_at = len.saturating_sub(END as u64 + 0xffff);
     let tail = read(tail_at, len - tail_at, "end", b"")?;
     let found = (0..tail.len().saturating_sub(END - 1)).rev().find(|&i| {
-        tail[i..].starts_with(b"PK\x05\x06") && i + END + usize::from(u16_le(&tail, i + 20)) == tail.len()
+        tail[i..].starts_with(b"PK\x05\x06") && i + END + usize::from(le16(&tail, i + 20)) == tail.len()
     });
     let end = found.ok_or_else(|| bad("zip: no end of the central directory at the end of the file"))?;
-    let mut members = u64::from(u16_le(&tail, end + 10));
-    let mut central_at = u64::from(u32_le(&tail, end + 16));
+    let mut members = u64::from(le16(&tail, end + 10));
+    let mut central_at = u64::from(le32(&tail, end + 16));
     if members == 0xffff || central_at == 0xffff_ffff {
         let at = (tail_at + end as u64).saturating_sub(LOCATOR);
         let locator = read(at, LOCATOR, "locator", b"PK\x06\x07")?;
-        let end = read(u64_le(&locator, 8), END_64, "64-bit end", b"PK\x06\x06")?;
-        (members, central_at) = (u64_le(&end, 32), u64_le(&end, 48));
+        let end = read(le64(&locator, 8), END_64, "64-bit end", b"PK\x06\x06")?;
+        (members, central_at) = (le64(&end, 32), le64(&end, 48));
     }
     if members != 1 {
         return Err(bad(format!("zip: expected one member, found {members}")));
     }
     let central = read(central_at, CENTRAL, "central header", b"PK\x01\x02")?;
-    let name_len = u64::from(u16_le(&central, 28));
-    let names = read(central_at + CENTRAL, name_len + u64::from(u16_le(&central, 30)), "name", b"")?;
+    let name_len = u64::from(le16(&central, 28));
+    let names = read(central_at + CENTRAL, name_len + u64::from(le16(&central, 30)), "name", b"")?;
     let (name, mut extra) = names.split_at(name_len as usize);
-    let mut plain_len = u64::from(u32_le(&central, 24));
-    let mut folded_len = u64::from(u32_le(&central, 20));
-    let mut local_at = u64::from(u32_le(&central, 42));
+    let mut plain_len = u64::from(le32(&central, 24));
+    let mut folded_len = u64::from(le32(&central, 20));
+    let mut local_at = u64::from(le32(&central, 42));
     // Of the three, those that do not fit stand in the extra field 1, in this order.
     while extra.len() >= 4 {
-        let size = usize::from(u16_le(extra, 2));
+        let size = usize::from(le16(extra, 2));
         let field = extra.get(4..4 + size).ok_or_else(|| bad("zip: an extra field is cut short"))?;
-        if u16_le(extra, 0) == 1 {
-            let mut values = field.chunks_exact(8).map(|value| u64_le(value, 0));
+        if le16(extra, 0) == 1 {
+            let mut values = field.chunks_exact(8).map(|value| le64(value, 0));
             for value in [&mut plain_len, &mut folded_len, &mut local_at] {
                 if *value == 0xffff_ffff {
                     *value = values.next().ok_or_else(|| bad("zip: a 64-bit length is missing"))?;
@@ -235,12 +235,12 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
         }
         extra = &extra[4 + size..];
     }
-    let (flags, method) = (u16_le(&central, 8), u16_le(&central, 10));
+    let (flags, method) = (le16(&central, 8), le16(&central, 10));
     if flags & 1 != 0 {
         return Err(bad("zip: the member is encrypted"));
     }
     let local = read(local_at, LOCAL, "local header", b"PK\x03\x04")?;
-    let start = local_at + LOCAL + u64::from(u16_le(&local, 26)) + u64::from(u16_le(&local, 28));
+    let start = local_at + LOCAL + u64::from(le16(&local, 26)) + u64::from(le16(&local, 28));
     let stop = start.checked_add(folded_len).filter(|&stop| stop <= central_at);
     let stop = stop.ok_or_else(|| bad("zip: the member reaches into the central directory"))?;
     let (mut crc, mut made) = (0, 0);
@@ -269,7 +269,7 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
         }
         other => return Err(bad(format!("zip: compression method {other} is not known"))),
     }
-    let wanted = u32_le(&central, 16);
+    let wanted = le32(&central, 16);
     if crc != wanted || made != plain_len {
         return Err(bad(format!(
             "zip: expected {plain_len} bytes with CRC {wanted:08x}, found {made} with {crc:08x}"

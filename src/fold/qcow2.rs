@@ -7,8 +7,9 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use super::region::{Region, u32_be, u64_be};
+use super::region::Region;
 use super::zlib::Wrap;
+use crate::bytes::{be32, be64};
 use crate::source::Source;
 
 /// The first bytes of every qcow2 image.
@@ -38,12 +39,12 @@ pub(super) fn regions(
     let mut header = [0; 112];
     let head = &mut header[..len.min(112) as usize];
     source.read_at(start, head)?;
-    let version = u32_be(&header, 4);
-    let cluster_bits = u32_be(&header, 20);
+    let version = be32(&header, 4);
+    let cluster_bits = be32(&header, 20);
     let (mut features, mut compression) = (0, 0);
     if version >= 3 {
-        features = u64_be(&header, 72);
-        if features & COMPRESSION_TYPE != 0 && u32_be(&header, 100) > 104 {
+        features = be64(&header, 72);
+        if features & COMPRESSION_TYPE != 0 && be32(&header, 100) > 104 {
             compression = header[104];
         }
     }
@@ -52,8 +53,8 @@ pub(super) fn regions(
     }
     let cluster = 1u64 << cluster_bits;
     let entry_len = if features & EXTENDED_L2 != 0 { 16 } else { 8 };
-    let l1_len = u64::from(u32_be(&header, 36)).min(MAX_L1);
-    let l1_at = u64_be(&header, 40);
+    let l1_len = u64::from(be32(&header, 36)).min(MAX_L1);
+    let l1_at = be64(&header, 40);
     let inside = |at: u64, n: u64| at.checked_add(n).is_some_and(|e| e <= len);
     if !inside(l1_at, l1_len * 8) {
         return Ok(());
@@ -64,7 +65,7 @@ pub(super) fn regions(
     for at in (0..l1_len * 8).step_by(cluster as usize) {
         let part = &mut entries[..cluster.min(l1_len * 8 - at) as usize];
         source.read_at(start + l1_at + at, part)?;
-        tables.extend((0..part.len()).step_by(8).map(|i| u64_be(part, i) & OFFSET));
+        tables.extend((0..part.len()).step_by(8).map(|i| be64(part, i) & OFFSET));
     }
     tables.retain(|&at| at != 0 && at % cluster == 0 && inside(at, cluster));
 
@@ -74,7 +75,7 @@ pub(super) fn regions(
     for at in tables {
         source.read_at(start + at, &mut entries)?;
         for i in (0..entries.len()).step_by(entry_len) {
-            let entry = u64_be(&entries, i);
+            let entry = be64(&entries, i);
             if entry & COMPRESSED == 0 || clusters.len() >= max_regions.saturating_sub(regions.len()) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! What a format parser finds, and the number fields they all read.
+//! What a format parser finds.
 
 use super::zlib::Wrap;
 
@@ -23,31 +23,4 @@ pub(super) enum Region {
         /// The last ends here at the latest.
         end: u64,
     },
-}
-
-/// The bytes at `at`, which must be there.
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut out = [0; N];
-    out.copy_from_slice(&bytes[at..at + N]);
-    out
-}
-
-pub(super) fn u16_le(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(array(bytes, at))
-}
-
-pub(super) fn u32_le(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array(bytes, at))
-}
-
-pub(super) fn u64_le(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array(bytes, at))
-}
-
-pub(super) fn u32_be(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(array(bytes, at))
-}
-
-pub(super) fn u64_be(bytes: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(array(bytes, at))
 }

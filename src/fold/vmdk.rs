@@ -6,8 +6,9 @@
 
 use std::io;
 
-use super::region::{Region, u16_le, u32_le, u64_le};
+use super::region::Region;
 use super::zlib::Wrap;
+use crate::bytes::{le16, le32, le64};
 use crate::source::Source;
 
 /// The first bytes of a sparse extent.
@@ -35,9 +36,9 @@ pub(super) fn regions(
     }
     let mut header = [0; SECTOR as usize];
     source.read_at(start, &mut header)?;
-    let grain = u64_le(&header, 20);
-    let algorithm = u16_le(&header, 77);
-    if u32_le(&header, 8) & COMPRESSED_WITH_MARKERS != COMPRESSED_WITH_MARKERS
+    let grain = le64(&header, 20);
+    let algorithm = le16(&header, 77);
+    if le32(&header, 8) & COMPRESSED_WITH_MARKERS != COMPRESSED_WITH_MARKERS
         || algorithm != DEFLATE
         || !(1..=MAX_GRAIN).contains(&grain)
     {
@@ -45,11 +46,11 @@ pub(super) fn regions(
     }
     // Sectors to bytes from the start of the source; beyond its end when that overflows.
     let at = |sectors: u64| sectors.saturating_mul(SECTOR).saturating_add(start);
-    let mut pos = at(u64_le(&header, 64));
+    let mut pos = at(le64(&header, 64));
     let mut marker = [0; 12];
     while pos.saturating_add(SECTOR) <= end && regions.len() < max_regions {
         source.read_at(pos, &mut marker)?;
-        let (lba, size) = (u64_le(&marker, 0), u64::from(u32_le(&marker, 8)));
+        let (lba, size) = (le64(&marker, 0), u64::from(le32(&marker, 8)));
         let next = if size == 0 {
             // The end-of-stream marker is followed by no sectors.
             at(lba).saturating_add(pos + SECTOR - start)

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::packed::Packing;
-use super::read::{Reader, array, le16, le32, le64, padded, part};
+use super::read::{Reader, array, padded, part};
 use super::{Format, Member};
+use crate::bytes::{le16, le32, le64};
 use crate::source::{Concat, Source, Zeros};
 
 /// The most members that are listed; an OCI archive has a dozen, a live rootfs three.

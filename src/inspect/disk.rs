@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, ensure};
 use ext4_view::{Ext4, Ext4Error};
 
-use super::read::{Reader, array, le16, le32, padded, part, text, uuid};
+use super::read::{Reader, array, padded, part, text, uuid};
 use super::{Filesystem, Partition, Report};
+use crate::bytes::{le16, le32};
 use crate::source::Source;
 
 /// How many bytes the crate that walks a partition table or a file system may read, before it is taken to be in a

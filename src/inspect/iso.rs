@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::read::{array, invalid, le16, le32, padded, text};
+use super::read::{array, invalid, padded, text};
 use super::{BootEntry, Iso, Member, Report, disk};
+use crate::bytes::{le16, le32};
 use crate::source::Source;
 
 /// Everything is addressed in blocks of this many bytes.

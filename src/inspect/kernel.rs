@@ -1,6 +1,7 @@
 //! Kernels, as the live PXE set has them. Source: `Documentation/arch` of Linux.
 
-use super::read::{le16, le32, text};
+use super::read::text;
+use crate::bytes::{le16, le32};
 
 /// What kind of kernel starts with these bytes, at least 68 KiB of them; with its version where it tells.
 pub(super) fn kernel(start: &[u8]) -> Option<String> {

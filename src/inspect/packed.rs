@@ -3,7 +3,8 @@
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::sync::Arc;
 
-use super::read::{Reader, array, le32, padded};
+use super::read::{Reader, array, padded};
+use crate::bytes::le32;
 use crate::source::Source;
 
 /// How many bytes are decoded. A VHDX made by QEMU has its tables in the first 8 MiB.

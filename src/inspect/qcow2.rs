@@ -6,7 +6,8 @@
 use std::io;
 
 use super::guest::{Codec, Layout, Opened, Origin, Run};
-use super::read::{array, be32, be64, invalid, unsupported};
+use super::read::{array, invalid, unsupported};
+use crate::bytes::{be32, be64};
 use crate::source::Source;
 
 /// Entry of a level 1 or 2 table: the offset in the image.

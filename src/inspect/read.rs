@@ -27,38 +27,6 @@ pub(super) fn part(source: &Arc<dyn Source>, start: u64, len: u64) -> io::Result
     Ok((Arc::new(Slice::new(source.clone(), start, there)?), there == len))
 }
 
-/// The `N` bytes of `bytes` from `at` on. Callers use constant offsets into buffers of constant length.
-fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut field = [0; N];
-    field.copy_from_slice(&bytes[at..at + N]);
-    field
-}
-
-/// A little-endian `u16`.
-pub(super) fn le16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(field(bytes, at))
-}
-
-/// A little-endian `u32`.
-pub(super) fn le32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(field(bytes, at))
-}
-
-/// A little-endian `u64`.
-pub(super) fn le64(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(field(bytes, at))
-}
-
-/// A big-endian `u32`.
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(field(bytes, at))
-}
-
-/// A big-endian `u64`.
-pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(field(bytes, at))
-}
-
 /// Text up to the first NUL, without the blanks around it; `None` when nothing is left.
 pub(super) fn text(bytes: &[u8]) -> Option<String> {
     let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());

@@ -4,7 +4,8 @@
 use std::io;
 
 use super::guest::{Layout, Opened, Origin, Run};
-use super::read::{array, be32, be64, invalid, unsupported};
+use super::read::{array, invalid, unsupported};
+use crate::bytes::{be32, be64};
 use crate::source::Source;
 
 /// The length of the footer in bytes.

@@ -5,7 +5,8 @@
 use std::io;
 
 use super::guest::{Layout, Opened, Origin, Run};
-use super::read::{array, invalid, le16, le32, le64, unsupported};
+use super::read::{array, invalid, unsupported};
+use crate::bytes::{le16, le32, le64};
 use crate::source::Source;
 
 /// Where the two headers are; the one with the larger sequence number counts.

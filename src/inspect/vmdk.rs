@@ -4,7 +4,8 @@
 use std::io;
 
 use super::guest::{Codec, Layout, MAX_CLUSTER, Opened, Origin, Run};
-use super::read::{array, invalid, le16, le32, le64, padded, unsupported};
+use super::read::{array, invalid, padded, unsupported};
+use crate::bytes::{le16, le32, le64};
 use crate::source::Source;
 
 /// Every offset and length in the headers counts sectors of this many bytes.

@@ -16,7 +16,8 @@ use std::sync::Arc;
 use super::Source;
 use super::cluster::{ClusterMap, Origin};
 use super::decode::{Algorithm, damaged};
-use super::files::{ALIGN, Clusters, MAX_INODES, MAX_VIEW, Placed, Run, bytes, le16, le32, le64};
+use super::files::{ALIGN, Clusters, MAX_INODES, MAX_VIEW, Placed, Run, bytes};
+use crate::bytes::{le16, le32, le64};
 
 /// Where the superblock starts.
 const SUPER_AT: u64 = 1024;

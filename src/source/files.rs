@@ -237,18 +237,3 @@ pub(super) fn bytes(image: &dyn Source, at: u64, len: u64) -> io::Result<Vec<u8>
     image.read_at(at, &mut out)?;
     Ok(out)
 }
-
-/// The little-endian number at `at` of a structure of known size.
-pub(super) fn le16(b: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([b[at], b[at + 1]])
-}
-
-/// The little-endian number at `at` of a structure of known size.
-pub(super) fn le32(b: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
-}
-
-/// The little-endian number at `at` of a structure of known size.
-pub(super) fn le64(b: &[u8], at: usize) -> u64 {
-    u64::from(le32(b, at)) | u64::from(le32(b, at + 4)) << 32
-}

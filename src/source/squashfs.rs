@@ -11,7 +11,8 @@ use std::sync::Arc;
 use super::Source;
 use super::cluster::{ClusterMap, Origin};
 use super::decode::{Algorithm, damaged, up_to};
-use super::files::{ALIGN, Clusters, MAX_INODES, MAX_VIEW, Placed, Run, bytes, le16, le32, le64};
+use super::files::{ALIGN, Clusters, MAX_INODES, MAX_VIEW, Placed, Run, bytes};
+use crate::bytes::{le16, le32, le64};
 
 const SUPER_LEN: u64 = 96;
 const MAGIC: &[u8] = b"hsqs";

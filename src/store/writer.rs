@@ -5,6 +5,7 @@
 //! last, so that at any moment NAME is whole or absent. A run that was killed leaves `NAME.partial`, which the next one
 //! removes.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -71,11 +72,6 @@ impl Writer {
         self.keep(blob)
     }
 
-    /// Removes a blob that turned out not to be needed.
-    pub fn discard(&self, blob: &Blob) -> Result<()> {
-        Ok(fs::remove_file(self.partial.join(BLOBS).join(blob.sha256.to_string()))?)
-    }
-
     /// Opens a blob that was kept.
     pub fn open(&self, blob: &Blob) -> Result<File> {
         let path = self.partial.join(BLOBS).join(blob.sha256.to_string());
@@ -93,6 +89,14 @@ impl Writer {
 
     /// Writes the index, and shows the directory under its name.
     pub fn finish(self, index: &Index) -> Result<()> {
+        // What an attempt left that was given up, as when an artifact did not come back unfolded.
+        let needed: BTreeSet<String> = index.blobs().iter().map(|b| b.sha256.to_string()).collect();
+        for entry in fs::read_dir(self.partial.join(BLOBS))? {
+            let entry = entry?;
+            if !entry.file_name().to_str().is_some_and(|name| needed.contains(name)) {
+                fs::remove_file(entry.path())?;
+            }
+        }
         let bytes = index.to_json();
         self.file(INDEX, &bytes)?;
         self.file(INDEX_DIGEST, index_digest(&bytes).as_bytes())?;

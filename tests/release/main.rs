@@ -219,6 +219,13 @@ fn list_and_verify() {
     assert!(table.lines().any(|l| l.contains("openstack") && l.contains("uncompressed")), "{table}");
     assert!(table.lines().any(|l| l.contains("gcp") && l.contains("published")), "{table}");
     ok(rehydrator().args(["verify", "--data"]).arg(workdir.data()));
+
+    // No blob is there that nothing needs.
+    let index = fs::read_to_string(workdir.data().join("index.json")).unwrap();
+    for blob in fs::read_dir(workdir.data().join("blobs/sha256")).unwrap() {
+        let name = blob.unwrap().file_name().into_string().unwrap();
+        assert!(index.contains(&name), "blob {name} is in no source and no map");
+    }
 }
 
 #[test]
