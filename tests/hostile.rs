@@ -1,0 +1,253 @@
+//! Hostile bytes: real files of the real tools, mutated at random, for every parser.
+//!
+//! The same seeds start libFuzzer (`ci/fuzz`), which goes on where this stops.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
+#![allow(unreachable_pub, reason = "the targets are public for the other program that includes them")]
+
+#[path = "fuzz/targets.rs"]
+mod targets;
+
+use std::fs;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rehydrator::digest::Digest;
+use rehydrator::recipe::{Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier};
+use rehydrator::source::Source;
+use rehydrator::{fold, source::blob};
+
+/// How long each parser is tried.
+const TIME: Duration = Duration::from_secs(2);
+/// The longest that one input may take; a hundred times what any should.
+const HANG: Duration = Duration::from_secs(20);
+/// Tries at least, however slow.
+const TRIES: u64 = 100;
+
+/// Runs a shell script in `dir`; `$CI` is the directory of the project's scripts.
+fn sh(dir: &Path, script: &str) {
+    let ci = Path::new(env!("CARGO_MANIFEST_DIR")).join("ci");
+    let out = Command::new("bash")
+        .args(["-euo", "pipefail", "-c", script])
+        .env("CI", ci)
+        .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap()))
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{script}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Files made by a script, which are the ones called `seed*`.
+fn made_by(script: &str) -> Vec<Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    sh(dir.path(), &format!("{TREE}\n{script}"));
+    let mut paths: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("seed"));
+    paths.sort();
+    assert!(!paths.is_empty(), "{script}: no seed");
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// A small tree, and a small disk with a partition.
+const TREE: &str = "
+    mkdir -p tree/dir && cp /usr/share/common-licenses/GPL-3 tree/ && head -c 20000 /bin/bash > tree/dir/program
+    for i in 1 2 3 4 5; do echo file $i > tree/dir/$i; done; ln tree/dir/1 tree/link; ln -s GPL-3 tree/symlink
+    truncate -s 100000 tree/hole
+    truncate -s 3M disk; printf 'label: gpt\\nstart=2048, size=1800, type=U, name=EFI-SYSTEM\\n' | sfdisk -q disk
+    truncate -s 900K fat; mkfs.vfat fat > log; mcopy -i fat tree/GPL-3 ::; dd if=fat of=disk bs=512 seek=2048 conv=notrunc status=none";
+
+fn seeds(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        "blob" => {
+            let mut writer = blob::Writer::new(Vec::new(), 3);
+            writer.write_all(&fs::read("/bin/bash").unwrap()[..200_000]).unwrap();
+            vec![writer.finish().unwrap()]
+        }
+        "delta" => {
+            let dir = tempfile::tempdir().unwrap();
+            let base = targets::delta_base();
+            fs::write(dir.path().join("base"), &base).unwrap();
+            fs::write(dir.path().join("new"), [&base[5000..40_000], b"something new", &base[..9000]].concat()).unwrap();
+            sh(dir.path(), "rdiff signature base sig && rdiff delta sig new delta");
+            vec![fs::read(dir.path().join("delta")).unwrap()]
+        }
+        "erofs" => made_by(
+            "n=0; for options in '' -zlzma -zlz4hc '-zlzma -Efragments,dedupe -C65536' '-zdeflate -Eztailpacking'; do
+                 n=$((n + 1)); $CI/trixie exec mkfs.erofs --quiet $options seed$n tree
+             done",
+        ),
+        "squashfs" => made_by(
+            "for c in zstd xz gzip; do mksquashfs tree seed-$c -comp $c -quiet -no-progress -b 64K; done
+             mksquashfs tree seed-none -quiet -no-progress -noI -noD -noF -noX",
+        ),
+        "rootfs" => made_by(
+            "mksquashfs tree root.squashfs -quiet -no-progress; $CI/trixie exec mkfs.erofs --quiet -zlzma root.erofs tree
+             for f in root.squashfs root.erofs; do echo $f | cpio --quiet -o -H newc > seed-$f; done",
+        ),
+        "peel" => made_by(
+            "put() { printf \"$1\" > seed$2; cat >> seed$2; }
+             xz -c tree/GPL-3 | put '\\0' 0; gzip -c tree/GPL-3 | put '\\1' 1
+             zip -9jq x.zip tree/GPL-3; put '\\2' 2 < x.zip; zstd -qc tree/GPL-3 | put '\\3' 3",
+        ),
+        "unfold" => made_by(
+            "qemu-img convert -O vmdk -o subformat=streamOptimized disk seed.vmdk; qemu-img convert -c -O qcow2 disk seed.qcow2
+             tar -czf seed.tar.gz tree/GPL-3; tar -cf seed.ova --format=ustar seed.vmdk",
+        ),
+        "inspect" => made_by(
+            "qemu-img convert -O vmdk -o subformat=streamOptimized disk seed.vmdk; qemu-img convert -c -O qcow2 disk seed.qcow2
+             qemu-img convert -O vpc disk seed.vhd; qemu-img convert -O vhdx disk seed.vhdx; cp disk seed.raw
+             gzip -c disk > seed.gz; xz -c disk > seed.xz; tar -cf seed.tar tree disk
+             mke2fs -q -t ext4 -d tree ext4 1M; cp ext4 seed.ext4; xorriso -as mkisofs -quiet -R -o seed.iso tree 2>/dev/null
+             mksquashfs tree seed.squashfs -quiet -no-progress",
+        ),
+        "map" => seeds("unfold")
+            .into_iter()
+            .map(|form| {
+                let unfolded = fold::unfold(&(Arc::new(form) as Arc<dyn Source>), &std::env::temp_dir()).unwrap();
+                let mut map = unfolded.map.expect("a map").to_bytes();
+                map.truncate(map.len() - 4 - targets::MAP_END.len());
+                map
+            })
+            .collect(),
+        "stream" => ["fcos.json", "rhcos.json"]
+            .map(|name| {
+                fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("stream-metadata/samples").join(name)).unwrap()
+            })
+            .into(),
+        "index" => vec![some_index().to_json()],
+        "signature" => {
+            let seed = made_by(
+                "export GNUPGHOME=$PWD/gnupg; mkdir -m 700 gnupg
+                 gpg --batch --quiet --passphrase '' --quick-generate-key someone@example.invalid ed25519 sign never
+                 printf data | gpg --batch --detach-sign > seed1; gpg --export > seed2; gpgconf --kill gpg-agent",
+            );
+            vec![[&(seed[0].len() as u16).to_le_bytes()[..], &seed[0], &seed[1]].concat()]
+        }
+        other => panic!("{other} has no seeds"),
+    }
+}
+
+fn some_index() -> Index {
+    let blob = |n: u8| Blob { sha256: Digest::of(&[n]), size: 1000 + u64::from(n) };
+    let artifact = |name: &str, source| Artifact {
+        arch: "x86_64".into(),
+        platform: "metal".into(),
+        format: "raw.xz".into(),
+        file: "disk".into(),
+        tier: Tier::Uncompressed,
+        published: NamedFile { name: format!("{name}.xz"), blob: blob(1) },
+        output: NamedFile { name: name.into(), blob: blob(2) },
+        signature: Some(blob(3)),
+        source,
+        map: None,
+        stored: 77,
+    };
+    Index {
+        format_version: FORMAT_VERSION,
+        generator: "a test".into(),
+        stream: StreamFile { name: "stable".into(), blob: blob(0) },
+        artifacts: vec![artifact("a.raw", 1), artifact("b.raw", 3)],
+        unhandled: vec![],
+        sources: vec![
+            SourceSpec::Zeros { size: 1 << 30 },
+            SourceSpec::Stored { blob: blob(4) },
+            SourceSpec::Rootfs { image: 1, plain_size: 1 << 20 },
+            SourceSpec::Delta { blob: blob(5), plain_size: 1 << 20, base: vec![1, 2, 0] },
+        ],
+    }
+}
+
+/// A random number generator, good enough to break things.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % n.max(1)
+    }
+
+    /// Changes a few places of `bytes`, most of them near the start, where headers are.
+    fn mutate(&mut self, bytes: &mut Vec<u8>) {
+        const TELLING: [u64; 8] = [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, u64::MAX, 1 << 40];
+        for _ in 0..=self.below(4) {
+            let range = [64, 2048, bytes.len()][self.below(3)].min(bytes.len());
+            let at = self.below(range);
+            let width = [1, 2, 4, 8][self.below(4)].min(bytes.len() - at);
+            let telling = TELLING[self.below(TELLING.len())];
+            match self.below(6) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
+                1 => bytes[at..at + width].copy_from_slice(&telling.to_le_bytes()[..width]),
+                2 => bytes[at..at + width].copy_from_slice(&telling.to_be_bytes()[8 - width..]),
+                3 => bytes.truncate(at),
+                4 => {
+                    let from = self.below(bytes.len());
+                    let len = self.below(64).min(bytes.len() - from).min(bytes.len() - at);
+                    bytes.copy_within(from..from + len, at);
+                }
+                _ => {
+                    let n = self.below(256) as u8;
+                    bytes[at..at + width].iter_mut().for_each(|b| *b = b.wrapping_add(n));
+                }
+            }
+        }
+    }
+}
+
+/// Tries mutations of the seeds; a failure leaves its input in a file.
+fn attack(name: &str) {
+    let (_, target) = targets::TARGETS.iter().find(|(n, _)| *n == name).unwrap();
+    let seeds = seeds(name);
+    if let Some(dir) = std::env::var_os("REHYDRATOR_SEEDS") {
+        let dir = Path::new(&dir).join(name);
+        fs::create_dir_all(&dir).unwrap();
+        for (i, seed) in seeds.iter().enumerate() {
+            fs::write(dir.join(i.to_string()), seed).unwrap();
+        }
+    }
+    let try_one = |what: &str, bytes: &[u8]| {
+        let start = Instant::now();
+        let done = catch_unwind(AssertUnwindSafe(|| target(bytes)));
+        if done.is_err() || start.elapsed() > HANG {
+            let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{name}"));
+            fs::write(&path, bytes).unwrap();
+            panic!("{name}: {what}: panicked, or took too long; the input is in {}", path.display());
+        }
+    };
+    for (i, seed) in seeds.iter().enumerate() {
+        try_one(&format!("seed {i}"), seed);
+    }
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let start = Instant::now();
+    let mut n = 0;
+    while n < TRIES || start.elapsed() < TIME {
+        let mut bytes = seeds[random.below(seeds.len())].clone();
+        random.mutate(&mut bytes);
+        try_one(&format!("mutation {n}"), &bytes);
+        n += 1;
+    }
+    println!("{name}: {n} mutations");
+}
+
+macro_rules! attacks {
+    ($($name:ident)*) => {
+        $(#[test]
+        fn $name() {
+            attack(stringify!($name));
+        })*
+
+        #[test]
+        fn every_target_is_attacked() {
+            let attacked = [$(stringify!($name)),*];
+            let targets: Vec<&str> = targets::TARGETS.iter().map(|(name, _)| *name).collect();
+            assert_eq!(targets, attacked);
+        }
+    };
+}
+
+attacks!(blob delta erofs index inspect map peel rootfs signature squashfs stream unfold);
