@@ -153,6 +153,9 @@ pub struct DehydrateArgs {
     /// Memory to use at most, such as 2G [default: half of what the machine or the cgroup has]
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub memory: Option<u64>,
+    /// The largest disk image to expect in a compressed artifact; what is longer is taken for a decompression bomb
+    #[arg(long, value_parser = parse_size, default_value = "256G", value_name = "SIZE")]
+    pub max_size: u64,
 }
 
 /// Options of `build image`.

@@ -54,6 +54,8 @@ pub struct Options {
     pub allow_unhandled: bool,
     /// Memory that may be used, in bytes.
     pub memory: u64,
+    /// The longest form that is taken out of a compressed artifact, in bytes.
+    pub max_size: u64,
 }
 
 /// The zeros that follow a base where deltas are applied: as long as the disks that are made, and stored nowhere.
@@ -346,7 +348,7 @@ impl Job<'_> {
                 bytes: Arc::new(source::File::new(file)?),
             },
             Some(sha256) => {
-                let peeled = fold::peel(file, &item.name, self.writer.scratch(), MAX_FORM)?;
+                let peeled = fold::peel(file, &item.name, self.writer.scratch(), self.options.max_size)?;
                 // The name inside a zip, unless it is that of a pipe.
                 let member = peeled.member.filter(|name| name != "-" && check_file_name(name).is_ok());
                 let name = member.unwrap_or_else(|| item.output_name().to_string());
@@ -494,10 +496,6 @@ fn push(specs: &mut Vec<SourceSpec>, spec: SourceSpec) -> usize {
     specs.push(spec);
     specs.len() - 1
 }
-
-/// The longest form that is taken out of a compressed artifact, in bytes: above the largest disks that are made, and
-/// below what fills a file system with zeros.
-const MAX_FORM: u64 = 256 << 30;
 
 /// Checks a published file against the stream metadata.
 fn ensure_published(item: &Item, found: &Blob) -> Result<()> {

@@ -32,7 +32,7 @@ pub fn extract(rehydrator: &Rehydrator, artifact: &Artifact, dir: &Path) -> Resu
     let (base_path, delta_path) = (path("base"), path("delta"));
     let write = |source: &dyn crate::source::Source, path: &Path| {
         let file = File::create(path)?;
-        rehydrator.cache().scatter(source, &file)
+        rehydrator.cache().scatter(source, &file).map(drop)
     };
     let sources = rehydrator.sources();
     write(&sources.zstd(blob)?, &delta_path).with_context(|| delta_path.display().to_string())?;

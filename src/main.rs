@@ -124,6 +124,7 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             profile: args.profile,
             allow_unhandled: args.allow_unhandled,
             memory: args.memory.unwrap_or_else(|| memory::available() / 2),
+            max_size: args.max_size,
         };
         let index = dehydrate(workdir, &options, progress)?;
         report::dehydrated(&index, out)

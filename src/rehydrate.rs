@@ -148,7 +148,8 @@ impl Rehydrator {
         let source = self.sources.get(&self.store.index.sources, i)?;
         if source.len() >= LARGE_BASE {
             let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
-            self.cache().scatter(&*source, &file)?;
+            let clusters = self.cache().scatter(&*source, &file)?;
+            tracing::debug!(source = i, clusters, decodes = clusters, "written out");
             self.sources.substitute(i, Arc::new(source::File::new(file)?));
         }
         Ok(())

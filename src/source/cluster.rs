@@ -293,8 +293,9 @@ impl Cache {
     }
 
     /// Writes all of `source` to `file`, which is empty, on all cores. Goes through the clusters in their own order and
-    /// decodes each once, whatever the order in which `source` has them; memory is that of a cluster for each core.
-    pub fn scatter(&self, source: &dyn Source, file: &File) -> io::Result<()> {
+    /// decodes each once, whatever the order in which `source` has them; memory is that of a cluster for each core. Gives
+    /// the number of clusters.
+    pub fn scatter(&self, source: &dyn Source, file: &File) -> io::Result<usize> {
         let mut uses = Vec::new();
         source.trace(0, source.len(), 0, &mut uses);
         file.set_len(source.len())?;
@@ -323,8 +324,9 @@ impl Cache {
                 let part = part.ok_or_else(|| short(u.key.cluster, bytes.len(), u.offset, u.len as usize))?;
                 file.write_all_at(part, u.at)?;
             }
-            Ok(())
-        })
+            io::Result::Ok(())
+        })?;
+        Ok(clusters.len())
     }
 
     /// The decoded bytes of a cluster.

@@ -172,6 +172,34 @@ fn an_artifact_that_is_not_what_the_stream_says() {
 }
 
 #[test]
+fn a_decompression_bomb() {
+    let example = example("release", &["--arch", "x86_64", "--arch", "ppc64le"]);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut stream: Value = serde_json::from_slice(&fs::read(example.join("stream.json")).unwrap()).unwrap();
+    // 3 GB of zeros, where a disk of half a GB would be.
+    let bomb = dir.path().join("artifacts/bomb.raw.zst");
+    fs::create_dir(dir.path().join("artifacts")).unwrap();
+    ok(tool("bash").args(["-c", "head -c 3000000000 /dev/zero | zstd -q -o \"$0\""]).arg(&bomb));
+    let mut artifact = stream["architectures"]["x86_64"]["artifacts"]["metal"]["formats"]["raw.xz"].take();
+    artifact["disk"]["location"] = "https://example.invalid/bomb.raw.zst".into();
+    artifact["disk"]["sha256"] = sha256sum(&bomb).into();
+    stream["architectures"]["x86_64"]["artifacts"] =
+        serde_json::json!({ "metal": { "release": "1", "formats": { "raw.zst": artifact } } });
+    stream["architectures"].as_object_mut().unwrap().retain(|arch, _| arch == "x86_64");
+    let file = dir.path().join("bomb.json");
+    fs::write(&file, stream.to_string()).unwrap();
+    ok(rehydrator().args(["build", "init", "--stream-file"]).arg(&file).arg("--workdir").arg(dir.path()));
+    let mut command = rehydrator();
+    command.args(["build", "dehydrate", "--max-size", "1G", "--workdir"]).arg(dir.path());
+    let error = fails(&mut command);
+    assert!(
+        error.contains("artifact metal") && error.contains("more than 1073741824 bytes inside"),
+        "{error}"
+    );
+    assert!(!dir.path().join("dehydrated").exists());
+}
+
+#[test]
 fn a_full_disk() {
     let workdir = release();
     let dir = tempfile::tempdir_in(workdir.dir.path()).unwrap();
