@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::{check_file_name, label};
 use crate::digest::Digest;
 
-/// The format this program writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The format this program writes. It reads this one and all before it.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB.
 pub const MAX_INDEX: u64 = 64 << 20;
@@ -222,8 +222,8 @@ impl Index {
         }
         let Version { format_version } = serde_json::from_slice(bytes).context("index.json: not an index")?;
         ensure!(
-            format_version == FORMAT_VERSION,
-            "index.json: format version {format_version}: this program reads version {FORMAT_VERSION}"
+            (1..=FORMAT_VERSION).contains(&format_version),
+            "index.json: format version {format_version}: this program reads versions 1 to {FORMAT_VERSION}"
         );
         let index: Self = serde_json::from_slice(bytes).context("index.json: not an index")?;
         index.check().context("index.json")?;

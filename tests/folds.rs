@@ -142,18 +142,19 @@ fn ova() {
     let make = "qemu-img convert -f raw -O vmdk -c -o subformat=streamOptimized disk.raw disk.vmdk
                 echo '<Envelope/>' > coreos.ovf && tar -ch --format=ustar -f d.ova coreos.ovf disk.vmdk";
     opens_in_part(make, "d.ova", 1);
-    opens(&format!("{make} && gzip -6 -n d.ova"), "d.ova.gz", 10);
+    opens(&format!("{make} && gzip -6 -n d.ova"), "d.ova.gz", 1);
 }
 
 #[test]
 fn gcp_tar_gz() {
-    opens_in_part("tar -Sch --format=oldgnu disk.raw | gzip --no-name -9 > d.tar.gz", "d.tar.gz", 10);
+    opens_in_part("tar -Sch --format=oldgnu disk.raw | gzip --no-name -9 > d.tar.gz", "d.tar.gz", 0);
 }
 
 #[test]
 fn gzip_levels() {
-    for level in [1, 3, 6, 9] {
-        opens(&format!("gzip -{level} -k disk.raw"), "disk.raw.gz", 12);
+    for level in 1..=9 {
+        let (.., map, _) = opens(&format!("gzip -{level} -k disk.raw"), "disk.raw.gz", 0);
+        assert!(map.to_bytes().len() < 40, "gzip -{level} is known, without corrections");
     }
 }
 
@@ -170,7 +171,7 @@ fn gzip_of_several_members() {
     opens_in_part(
         "(head -c 5000000 disk.raw | gzip -9; tail -c +5000001 disk.raw | gzip -1) > d.gz",
         "d.gz",
-        12,
+        0,
     );
 }
 
@@ -206,7 +207,7 @@ fn ociarchive() {
          mv layer oci/blobs/sha256/$(sha256sum layer | cut -c1-64) && echo '{}' > oci/index.json
          tar -c --format=posix --sort=name --numeric-owner -C oci -f d.ociarchive .",
         "d.ociarchive",
-        10,
+        0,
     );
 }
 
@@ -324,11 +325,14 @@ fn hostile_maps() {
         assert!(error.starts_with(wanted), "{bytes:?}: {error}");
     };
     refused(b"", "segment map: cut short");
-    refused(b"\x02", "segment map: version 2, this program reads version 1");
+    refused(b"\x03", "segment map: version 3, this program reads versions 1 to 2");
     refused(b"\x01\x00\x05\x01\x00\x05....end!", "segment map: no end marker");
     refused(b"\x01\x00\x05\x01\x00\x05....end.", "segment map: checksum mismatch");
-    let cases: [(&[u8], &str); 7] = [
-        (b"\x01\xff\xff\x03", "segment map: number of encoders is 65535, at most 252"),
+    let cases: [(&[u8], &str); 10] = [
+        (b"\x02\x00\x05\x01\x04\x05\x0a", "segment map: no level of gzip: 10"),
+        (b"\x02\x00\x05\x01\x0f\x05", "segment map: unknown kind 15"),
+        (b"\x02\x00\x05\x01\x10\x01", "segment map: no encoder 0"),
+        (b"\x01\xff\xff\x03", "segment map: number of encoders is 65535, at most 240"),
         (b"\x01\x01\x00\x0a\x0f\x08", "segment map: no zlib parameters"),
         (
             b"\x01\x00\x05\xff\xff\xff\xff\x0f",

@@ -1,11 +1,11 @@
 //! The segment map: how the folded form is made of the plain stream, and the bytes it is stored as.
 //!
-//! # Encoding, version 1 (frozen)
+//! # Encoding, version 2 (frozen)
 //!
 //! `varint` is an unsigned LEB128 of at most 64 bits. Everything else is a single byte or a run of bytes.
 //!
 //! ```text
-//! map       version(1 byte: 1)  params-count(varint)  params*  level(0)  crc  "end." (4 bytes); nothing follows
+//! map       version(1 byte: 2)  params-count(varint)  params*  level(0)  crc  "end." (4 bytes); nothing follows
 //! crc       CRC-32, as in gzip, of all bytes before it (4 bytes, little-endian)
 //! params    wrap(1: 0 raw, 1 zlib)  level(1: 1..9)  window-bits(1: 9..15)  mem-level(1: 1..9)
 //! level(d)  folded-len(varint)  segment-count(varint)
@@ -24,7 +24,8 @@
 //! | 1 | *preflate*: a raw deflate stream | of its plain bytes, ≤ 4 MiB | length of the deflate stream(varint); corrections: length(varint), bytes |
 //! | 2 | *zlib stream*: what zlib makes of the folded bytes of a nested level | of the stream | number of params(varint), level(d+1) |
 //! | 3 | *pieced stream*: a raw deflate stream made piece by piece of the folded bytes of a nested level | of the stream | piece-count(varint), pieces, level(d+1) |
-//! | 4 + n | *zlib*: what zlib with params n makes | of its plain bytes, ≤ 4 MiB | – |
+//! | 4 | *gzip stream*: what GNU gzip makes of the folded bytes of a nested level (see `gnu_gzip.rs`) | of the stream | gzip's level(1: 1..9), level(d+1) |
+//! | 16 + n | *zlib*: what zlib with params n makes | of its plain bytes, ≤ 4 MiB | – |
 //!
 //! ```text
 //! piece     plain-len(varint)  bits(varint)  tag(1: 0 verbatim, 1 preflate)  length(varint)  bytes
@@ -36,6 +37,8 @@
 //!
 //! The checksum is there because `preflate-rs` does not bound what damaged corrections make it do. Against damage made on
 //! purpose only a digest of the map helps: whoever reads a map from elsewhere checks that first.
+//!
+//! Version 1 differs in two things: it has no kind 4, and the kinds from 4 on are *zlib* with params n. It is still read.
 //!
 //! Levels nest at most [`MAX_DEPTH`] deep. A map has at most [`MAX_SEGMENTS`] segments, counting pieces, and
 //! [`MAX_MAP`] bytes.
@@ -54,10 +57,12 @@ pub(super) const MAX_SMALL: u64 = 4 << 20;
 /// The longest plain bytes, and the longest deflated bytes, of a piece of a long stream.
 pub(super) const MAX_PIECE: u64 = 32 << 20;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const END: &[u8] = b"end.";
-/// Kinds from 4 on are numbers of params.
-const MAX_PARAMS: usize = 252;
+/// Kinds from here on are numbers of params: in this version, and in version 1.
+const ZLIB: u8 = 16;
+const ZLIB_1: u8 = 4;
+const MAX_PARAMS: usize = 240;
 
 /// How a form is folded; see the module's text for what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +98,8 @@ pub(super) enum Encoder {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum StreamEncoder {
     Zlib(Params),
+    /// GNU gzip with this level.
+    Gzip(u8),
     Pieces(Vec<Piece>),
 }
 
@@ -168,7 +175,8 @@ impl Map {
             Segment::Small { encoder: Encoder::Preflate { .. }, .. } => 1,
             Segment::Stream { encoder: StreamEncoder::Zlib(_), .. } => 2,
             Segment::Stream { encoder: StreamEncoder::Pieces(_), .. } => 3,
-            Segment::Small { encoder: Encoder::Zlib(p), .. } => 4 + number(p) as u8,
+            Segment::Stream { encoder: StreamEncoder::Gzip(_), .. } => 4,
+            Segment::Small { encoder: Encoder::Zlib(p), .. } => ZLIB + number(p) as u8,
         }));
         for segment in &self.segments {
             if let Segment::Stored(len) = segment {
@@ -191,6 +199,7 @@ impl Map {
                 Segment::Stream { encoder, inner, .. } => {
                     match encoder {
                         StreamEncoder::Zlib(p) => put(out, number(p) as u64),
+                        StreamEncoder::Gzip(level) => out.push(*level),
                         StreamEncoder::Pieces(pieces) => {
                             put(out, pieces.len() as u64);
                             for piece in pieces {
@@ -218,20 +227,21 @@ impl Map {
         if bytes.len() > MAX_MAP {
             return Err(bad(format!("{} bytes, at most {MAX_MAP} are read", bytes.len())));
         }
-        match bytes.first() {
-            Some(&VERSION) => {}
+        let zlib = match bytes.first() {
+            Some(&VERSION) => ZLIB,
+            Some(1) => ZLIB_1,
             Some(other) => {
-                return Err(bad(format!("version {other}, this program reads version {VERSION}")));
+                return Err(bad(format!("version {other}, this program reads versions 1 to {VERSION}")));
             }
             None => return Err(bad("cut short")),
-        }
+        };
         let content = bytes.strip_suffix(END).ok_or_else(|| bad("no end marker"))?;
         let (content, crc) = content.split_last_chunk::<4>().ok_or_else(|| bad("cut short"))?;
         if crc32(0, content) != u32::from_le_bytes(*crc) {
             return Err(bad("checksum mismatch"));
         }
         // The version is checked already.
-        let mut input = Input { bytes: &content[1..], segments_left: MAX_SEGMENTS, params: Vec::new() };
+        let mut input = Input { bytes: &content[1..], segments_left: MAX_SEGMENTS, zlib, params: Vec::new() };
         for _ in 0..input.bounded("number of encoders", MAX_PARAMS as u64)? {
             let params = Params {
                 wrap: match input.byte()? {
@@ -274,6 +284,8 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
 struct Input<'a> {
     bytes: &'a [u8],
     segments_left: usize,
+    /// The first kind that is a number of params.
+    zlib: u8,
     params: Vec<Params>,
 }
 
@@ -340,24 +352,34 @@ impl<'a> Input<'a> {
         }
         let mut lens = Vec::new();
         for &kind in kinds.iter().filter(|&&kind| kind != 0) {
-            lens.push(self.bounded("length", if kind == 2 || kind == 3 { u64::MAX } else { MAX_SMALL })?);
+            let small = kind == 1 || kind >= self.zlib;
+            lens.push(self.bounded("length", if small { MAX_SMALL } else { u64::MAX })?);
         }
         let (mut stored, mut lens) = (stored.into_iter(), lens.into_iter());
         for &kind in kinds {
             let len = if kind == 0 { stored.next() } else { lens.next() }.unwrap_or_default();
             segments.push(match kind {
+                n if n >= self.zlib => Segment::Small {
+                    plain_len: len as u32,
+                    encoder: Encoder::Zlib(self.param(u64::from(n - self.zlib))?),
+                },
                 0 => Segment::Stored(len),
                 1 => {
                     let bits = self.bounded("length of a deflate stream", 2 * MAX_SMALL)? as u32 * 8;
                     let encoder = Encoder::Preflate { corrections: self.run()?, bits };
                     Segment::Small { plain_len: len as u32, encoder }
                 }
-                2 | 3 => {
-                    let encoder = if kind == 2 {
-                        let n = self.varint()?;
-                        StreamEncoder::Zlib(self.param(n)?)
-                    } else {
-                        StreamEncoder::Pieces(self.pieces()?)
+                2..=4 => {
+                    let encoder = match kind {
+                        2 => {
+                            let n = self.varint()?;
+                            StreamEncoder::Zlib(self.param(n)?)
+                        }
+                        3 => StreamEncoder::Pieces(self.pieces()?),
+                        _ => StreamEncoder::Gzip(match self.byte()? {
+                            level @ 1..=9 => level,
+                            other => return Err(bad(format!("no level of gzip: {other}"))),
+                        }),
                     };
                     let inner = Box::new(self.level(depth + 1)?);
                     if let StreamEncoder::Pieces(pieces) = &encoder {
@@ -369,10 +391,7 @@ impl<'a> Input<'a> {
                     }
                     Segment::Stream { folded_len: len, encoder, inner }
                 }
-                n => Segment::Small {
-                    plain_len: len as u32,
-                    encoder: Encoder::Zlib(self.param(u64::from(n) - 4)?),
-                },
+                other => return Err(bad(format!("unknown kind {other} of segment"))),
             });
         }
         Map::new(segments, folded_len)

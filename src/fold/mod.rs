@@ -15,7 +15,9 @@
 
 mod deflate;
 mod encode;
+mod gnu_gzip;
 mod gzip;
+mod huffman;
 mod map;
 mod peel;
 mod preflate;

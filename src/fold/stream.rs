@@ -1,9 +1,9 @@
 //! Long deflate streams: what does not fit in memory, such as the one of a gzip file.
 //!
-//! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib is tried first, every
-//! candidate at once, each for as long as it makes the right bytes. When none does to the end, the stream is cut into
-//! pieces, which [`preflate`] analyses. Both encoders work on pieces of fixed length, so that they get their input in
-//! the same way each time.
+//! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib and GNU gzip are tried first,
+//! every candidate at once, each for as long as it makes the right bytes. When none does to the end, the stream is cut
+//! into pieces, which [`preflate`] analyses. All encoders work on pieces of fixed length, so that they get their input
+//! in the same way each time.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -12,9 +12,10 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::deflate::candidates;
+use super::gnu_gzip::Gzip;
 use super::map::{self, How, MAX_PIECE, Piece, StreamEncoder};
 use super::preflate::{self, WINDOW, keep_bits};
-use super::zlib::{Deflate, Inflate, Params, Stop, Wrap};
+use super::zlib::{Deflate, Inflate, Stop, Wrap};
 use crate::io::{SparseWriter, is_zero, scratch_file};
 use crate::source::{File, Source};
 
@@ -112,8 +113,8 @@ pub(super) fn find_encoder(
     stream: &Inflated,
     max_pieces: usize,
 ) -> io::Result<Option<StreamEncoder>> {
-    if let Some(params) = find_params(source, start, stream)? {
-        return Ok(Some(StreamEncoder::Zlib(params)));
+    if let Some(encoder) = find_whole(source, start, stream)? {
+        return Ok(Some(encoder));
     }
     if stream.cuts.len() > max_pieces {
         return Ok(None);
@@ -121,39 +122,80 @@ pub(super) fn find_encoder(
     Ok(find_pieces(source, start, stream)?.map(StreamEncoder::Pieces))
 }
 
-/// The parameters with which zlib makes the stream.
-fn find_params(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<Params>> {
-    // Each with how much of the stream it has made.
-    let mut alive = Vec::new();
-    for params in candidates(Wrap::Raw) {
-        alive.push((params, Deflate::new(params)?, 0u64));
+/// An encoder that makes a stream in one go.
+pub(super) enum Whole {
+    Zlib(Deflate),
+    Gzip(Gzip),
+}
+
+impl Whole {
+    fn run(&mut self, input: &[u8], finish: bool, out: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Self::Zlib(deflate) => deflate.run(input, finish, out),
+            Self::Gzip(gzip) => {
+                gzip.run(input, finish, out);
+                Ok(())
+            }
+        }
     }
-    let (mut feed, mut made, mut wanted) = (vec![0; FEED], Vec::new(), Vec::new());
+}
+
+/// An encoder that has made the right bytes so far.
+struct Candidate {
+    encoder: StreamEncoder,
+    whole: Whole,
+    /// How much of the stream it has made.
+    done: u64,
+    made: Vec<u8>,
+}
+
+impl Candidate {
+    /// Gives it the next part, with `finish` the last one. Whether it still makes the right bytes.
+    fn run(
+        &mut self,
+        part: &[u8],
+        finish: bool,
+        source: &dyn Source,
+        start: u64,
+        folded_len: u64,
+    ) -> io::Result<bool> {
+        self.made.clear();
+        self.whole.run(part, finish, &mut self.made)?;
+        let begin = self.done;
+        self.done += self.made.len() as u64;
+        if self.done > folded_len || finish && self.done != folded_len {
+            return Ok(false);
+        }
+        let mut wanted = vec![0; self.made.len()];
+        source.read_at(start + begin, &mut wanted)?;
+        Ok(self.made == wanted)
+    }
+}
+
+/// The encoder that makes the whole stream.
+fn find_whole(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<StreamEncoder>> {
+    let mut alive = Vec::new();
+    let candidate = |encoder, whole| Candidate { encoder, whole, done: 0, made: Vec::new() };
+    for params in candidates(Wrap::Raw) {
+        alive.push(candidate(StreamEncoder::Zlib(params), Whole::Zlib(Deflate::new(params)?)));
+    }
+    alive.extend((1..=9).map(|level| candidate(StreamEncoder::Gzip(level), Whole::Gzip(Gzip::new(level)))));
+    let mut feed = vec![0; FEED];
     let mut pos = 0;
     loop {
         let part = &mut feed[..(stream.plain.len() - pos).min(FEED as u64) as usize];
         stream.plain.read_at(pos, part)?;
         pos += part.len() as u64;
         let finish = pos == stream.plain.len();
-        let mut i = 0;
-        while let Some((_, deflate, done)) = alive.get_mut(i) {
-            made.clear();
-            deflate.run(part, finish, &mut made)?;
-            let end = *done + made.len() as u64;
-            let right = end <= stream.folded_len && {
-                wanted.resize(made.len(), 0);
-                source.read_at(start + *done, &mut wanted)?;
-                made == wanted && (!finish || end == stream.folded_len)
-            };
-            *done = end;
-            if right {
-                i += 1;
-            } else {
-                alive.swap_remove(i);
-            }
-        }
+        let run = |c: &mut Candidate| c.run(part, finish, source, start, stream.folded_len);
+        let right = match &mut alive[..] {
+            [only] => vec![run(only)?],
+            many => many.par_iter_mut().map(run).collect::<io::Result<Vec<_>>>()?,
+        };
+        let mut right = right.into_iter();
+        alive.retain(|_| right.next().unwrap_or_default());
         if alive.is_empty() || finish {
-            return Ok(alive.first().map(|(params, ..)| *params));
+            return Ok(alive.into_iter().next().map(|c| c.encoder));
         }
     }
 }
@@ -238,7 +280,7 @@ fn find_pieces(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result
 
 /// Makes the stream of the plain bytes written to it.
 pub(super) enum StreamWriter<'a> {
-    Zlib { deflate: Deflate, feed: Vec<u8>, out: &'a mut dyn Write },
+    Whole { whole: Whole, feed: Vec<u8>, out: &'a mut dyn Write },
     Pieces(PieceWriter<'a>),
 }
 
@@ -246,7 +288,10 @@ impl<'a> StreamWriter<'a> {
     pub(super) fn new(encoder: &'a StreamEncoder, out: &'a mut dyn Write) -> io::Result<Self> {
         Ok(match encoder {
             StreamEncoder::Zlib(params) => {
-                Self::Zlib { deflate: Deflate::new(*params)?, feed: Vec::new(), out }
+                Self::Whole { whole: Whole::Zlib(Deflate::new(*params)?), feed: Vec::new(), out }
+            }
+            StreamEncoder::Gzip(level) => {
+                Self::Whole { whole: Whole::Gzip(Gzip::new(*level)), feed: Vec::new(), out }
             }
             StreamEncoder::Pieces(pieces) => Self::Pieces(PieceWriter {
                 pieces,
@@ -263,9 +308,9 @@ impl<'a> StreamWriter<'a> {
     /// Ends the stream.
     pub(super) fn finish(self) -> io::Result<()> {
         match self {
-            Self::Zlib { mut deflate, feed, out } => {
+            Self::Whole { mut whole, feed, out } => {
                 let mut made = Vec::new();
-                deflate.run(&feed, true, &mut made)?;
+                whole.run(&feed, true, &mut made)?;
                 out.write_all(&made)
             }
             Self::Pieces(mut writer) => {
@@ -281,14 +326,16 @@ impl<'a> StreamWriter<'a> {
 impl Write for StreamWriter<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Zlib { deflate, feed, out } => {
+            Self::Whole { whole, feed, out } => {
                 // One part is always kept back: the last one is given with the end of the stream.
                 let mut made = Vec::new();
                 feed.extend(buf);
-                while feed.len() > FEED {
-                    deflate.run(&feed[..FEED], false, &mut made)?;
-                    feed.drain(..FEED);
+                let mut used = 0;
+                while feed.len() - used > FEED {
+                    whole.run(&feed[used..used + FEED], false, &mut made)?;
+                    used += FEED;
                 }
+                feed.drain(..used);
                 out.write_all(&made)?;
             }
             Self::Pieces(writer) => {

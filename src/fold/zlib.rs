@@ -59,6 +59,9 @@ const MAX_PIECE: usize = 1 << 30;
 /// Encodes one stream.
 pub(super) struct Deflate(Box<MaybeUninit<z::z_stream>>);
 
+// SAFETY: zlib ties nothing to a thread; a stream is used by one at a time, as every call takes `&mut self`.
+unsafe impl Send for Deflate {}
+
 impl Deflate {
     /// A stream with `params`, which must be [valid](Params::valid).
     pub(super) fn new(params: Params) -> io::Result<Self> {
