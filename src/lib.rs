@@ -25,6 +25,7 @@ pub mod openpgp;
 pub mod produce;
 pub mod progress;
 pub mod recipe;
+pub mod registry;
 pub mod rehydrate;
 pub mod report;
 pub mod sink;

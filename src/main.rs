@@ -12,6 +12,7 @@ use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::progress::Progress;
+use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
@@ -81,6 +82,16 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Verify(args) => {
             let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
             verify(&args.data.data, args.rehydrate.then_some(&options), progress)
+        }
+        Command::Digest(args) => {
+            let client = Client::new(args.registry.options());
+            let digest = match (&args.arch, &args.os) {
+                (None, None) => client.digest(&args.reference)?,
+                (arch, os) => {
+                    client.resolve(&args.reference, &Platform::new(os.as_deref(), arch.as_deref()))?
+                }
+            };
+            Ok(writeln!(out, "{}", digest.oci())?)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
