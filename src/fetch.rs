@@ -4,7 +4,7 @@
 //! found right, its signature before it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +15,6 @@ use crate::catalog::{ETAG, PARTIAL, SIGNATURE};
 use crate::http::{Http, HttpError};
 use crate::openpgp::MAX_SIGNATURE;
 use crate::progress::Task;
-use crate::workdir::write_file;
 
 /// The most downloads at once: more only makes a server angry.
 pub const MAX_PARALLEL: usize = 64;
@@ -74,7 +73,7 @@ impl Partial {
     /// sees the file sees what vouches for it, too.
     pub fn publish(&self, path: &Path, signature: Option<&[u8]>) -> Result<()> {
         if let Some(signature) = signature {
-            write_file(&beside(path, SIGNATURE), signature)?;
+            write_through(&beside(&self.file, SIGNATURE), &beside(path, SIGNATURE), signature)?;
         }
         // What an earlier run got may not have reached the disk.
         File::open(&self.file).and_then(|file| file.sync_all()).context("sync failed")?;
@@ -82,6 +81,21 @@ impl Partial {
         remove(&self.etag)?;
         sync_dir(path.parent().unwrap_or(Path::new(".")))
     }
+}
+
+/// Writes `path` by way of `temporary`, so that it is there either as it was or whole.
+///
+/// Unlike [`crate::workdir::write_file`], this leaves nothing but `temporary` behind when it is killed, which the next
+/// one writes over.
+pub fn write_through(temporary: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(temporary, path)
+    };
+    write().with_context(|| format!("{}: write failed", path.display()))?;
+    sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
 
 /// The signature at `url`; none where the server has none.

@@ -18,7 +18,7 @@ use crate::workdir::read_limited;
 
 use super::config::{Source, Versions};
 use super::index::{Index, MAX_INDEX};
-use super::plan::{Plan, Proof, Sha512, Version, Wanted};
+use super::plan::{Plan, Proof, Sha512, Version, Wanted, join};
 use super::version::{check_name, compare};
 
 /// What says which version of a channel is current.
@@ -39,7 +39,8 @@ const PLAIN_ARCH: &str = "amd64";
 /// Finds out what a channel has. An error is one of the whole channel; others are in the plan.
 pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http) -> Result<Plan> {
     let part = if arch == PLAIN_ARCH { "" } else { arch };
-    let mut plan = Plan::new(&source.root, Path::new(channel).join(part), part, source.keys.clone());
+    let mut plan =
+        Plan::new(&source.root, join(Path::new(channel), Path::new(part)), part, source.keys.clone());
     let mut base = Url::parse(&source.url(channel, arch)?)?;
     if !base.path().ends_with('/') {
         base.set_path(&format!("{}/", base.path()));

@@ -3,7 +3,7 @@
 //! Whoever can change the index can list anything, so a link counts only when it is the plain name of a file in that
 //! directory. Everything else is named, so that it can be reported, and never becomes a file or a request.
 
-use html5gum::{Token, Tokenizer};
+use html5gum::{DefaultEmitter, Token, Tokenizer};
 use percent_encoding::percent_decode_str;
 
 use crate::catalog::check_file_name;
@@ -26,7 +26,10 @@ impl Index {
     /// Reads the links of a document that lies at a URL of the path `path`.
     pub fn parse(html: &[u8], path: &str) -> Self {
         let mut index = Self::default();
-        for Ok(token) in Tokenizer::new(html) {
+        // As a browser does it: what is in a script or a style is no link.
+        let mut emitter = DefaultEmitter::default();
+        emitter.naively_switch_states(true);
+        for Ok(token) in Tokenizer::new_with_emitter(html, emitter) {
             let Token::StartTag(tag) = token else { continue };
             if tag.name.as_slice() != b"a" {
                 continue;

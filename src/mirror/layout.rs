@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::fetch::{Partial, sync_dir};
-use crate::workdir::{read_limited, write_file};
+use crate::fetch::{Partial, sync_dir, write_through};
+use crate::workdir::read_limited;
 
 /// Where a mirror has what is not for its readers.
 pub const OWN: &str = ".rehydrator";
@@ -130,7 +130,15 @@ impl Dest {
 
     /// Writes `state.json`.
     pub fn write_state(&self, state: &State) -> Result<()> {
-        write_file(&self.dir.join(OWN).join("state.json"), &serde_json::to_vec_pretty(state)?)
+        self.write(&Path::new(OWN).join("state.json"), &serde_json::to_vec_pretty(state)?)
+    }
+
+    /// Writes the file `path`, relative to the mirror, from one moment to the next.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let path = self.dir.join(path);
+        let dir = path.parent().unwrap_or(&self.dir);
+        fs::create_dir_all(dir).with_context(|| format!("{}: mkdir failed", dir.display()))?;
+        write_through(&self.dir.join(OWN).join("new"), &path, bytes)
     }
 
     /// Makes the link `link`, relative to the mirror, point at `target`, from one moment to the next. True if it did
@@ -146,7 +154,7 @@ impl Dest {
         }
         let parent = path.parent().unwrap_or(&self.dir);
         fs::create_dir_all(parent).with_context(|| format!("{}: mkdir failed", parent.display()))?;
-        let new = self.dir.join(OWN).join("link");
+        let new = self.dir.join(OWN).join("new");
         let swap = || {
             match fs::remove_file(&new) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),

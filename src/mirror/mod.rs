@@ -31,7 +31,7 @@ use crate::fetch::{self, beside, each};
 use crate::http::Http;
 use crate::openpgp::{Keys, MAX_SIGNATURE, SignatureError};
 use crate::progress::Progress;
-use crate::workdir::{read_limited, write_file};
+use crate::workdir::read_limited;
 
 use config::{Config, Kind, Source};
 use container_linux::parse_digests;
@@ -258,13 +258,10 @@ impl Run<'_> {
 
     /// Writes a document, unless it is there already.
     fn document(&self, path: &Path, document: &[u8]) -> Result<()> {
-        let path = self.dest.dir.join(path);
-        if fs::read(&path).is_ok_and(|old| old == document) {
+        if fs::read(self.dest.dir.join(path)).is_ok_and(|old| old == document) {
             return Ok(());
         }
-        let dir = path.parent().unwrap_or(&self.dest.dir);
-        fs::create_dir_all(dir).with_context(|| format!("{}: mkdir failed", dir.display()))?;
-        write_file(&path, document)
+        self.dest.write(path, document)
     }
 
     /// Writes down what a garbage collection must keep. Until the new versions are complete, that is also what it was.

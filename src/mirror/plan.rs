@@ -116,18 +116,18 @@ impl Plan {
 
     /// The directory of the links, below the mirror; what the channel is called in messages.
     pub fn label(&self) -> PathBuf {
-        self.root.join(&self.channel)
+        join(&self.root, &self.channel)
     }
 
     /// The directory of a version, below the mirror.
     pub fn dir(&self, version: &str) -> PathBuf {
-        self.root.join(ALL).join(version).join(&self.part)
+        join(&self.root.join(ALL).join(version), &self.part)
     }
 
     /// Where a link of this channel to a version points.
     pub fn target(&self, version: &str) -> PathBuf {
         let up: PathBuf = self.channel.iter().map(|_| "..").collect();
-        up.join(ALL).join(version).join(&self.part)
+        join(&up.join(ALL).join(version), &self.part)
     }
 
     /// Notes that something failed, and of which version it is, if of one.
@@ -140,6 +140,11 @@ impl Plan {
     pub fn skip(&mut self, what: impl Into<String>, why: impl Into<String>) {
         self.skipped.push(Skipped { what: what.into(), why: why.into() });
     }
+}
+
+/// Without a slash at the end where `b` is nothing, unlike [`Path::join`].
+pub fn join(a: &Path, b: &Path) -> PathBuf {
+    a.iter().chain(b).collect()
 }
 
 impl Proof {
