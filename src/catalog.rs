@@ -98,8 +98,7 @@ impl Catalog {
 impl Item {
     fn new(arch: &str, platform: &str, format: &str, file: &str, artifact: &Artifact) -> Result<Self> {
         let location = &artifact.location;
-        let path = location.split(['?', '#']).next().unwrap_or_default();
-        let name = path.rsplit('/').next().unwrap_or_default();
+        let name = file_name(location);
         // The second: with what is added to it, the name must still be short enough.
         check_file_name(name)
             .and_then(|()| check_file_name(&format!("{name}{PARTIAL}")))
@@ -150,6 +149,12 @@ pub fn label(platform: &str, format: &str, file: &str) -> String {
         (_, "disk") => platform.to_string(),
         _ => format!("{platform} {format} {file}"),
     }
+}
+
+/// The last component of a URL's path. It need not be fit for a file name.
+pub fn file_name(location: &str) -> &str {
+    let path = location.split(['?', '#']).next().unwrap_or_default();
+    path.rsplit('/').next().unwrap_or_default()
 }
 
 /// Refuses a file name that is not a single, harmless path component. Names come from stream documents and indexes

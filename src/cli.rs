@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
 use crate::progress::Mode;
 use crate::registry::{self, Credentials, Reference};
@@ -39,6 +40,9 @@ pub enum Command {
     Verify(Verify),
     /// Print the digest of an image in a registry
     Digest(DigestArgs),
+    /// Keep mirrors
+    #[command(subcommand)]
+    Mirror(Mirror),
     /// Print shell completions
     Completions {
         /// The shell
@@ -296,20 +300,54 @@ fn parse_credentials(text: &str) -> Result<Credentials, String> {
     Credentials::parse(text).ok_or_else(|| "expected USER:PASSWORD".into())
 }
 
-/// Parses `512M`, `2G`, `1048576`: binary multiples.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
-        "" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => return Err(format!("not a size: {text:?}")),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|n| n.checked_shl(shift).filter(|m| m >> shift == n))
-        .ok_or_else(|| format!("not a size: {text:?}"))
+/// What to mirror.
+#[derive(Debug, Subcommand)]
+pub enum Mirror {
+    /// Mirror releases of CoreOS, Fedora CoreOS and Flatcar: only files whose signatures are good
+    Releases(MirrorReleases),
+    /// Remove versions beyond those that the configuration keeps
+    Gc {
+        /// The mirror
+        dest: PathBuf,
+        /// Only say what would be removed
+        #[arg(short = 'n', long)]
+        dry_run: bool,
+        /// Wait for another process that changes the mirror
+        #[arg(long)]
+        wait: bool,
+    },
+}
+
+/// Options of `mirror releases`.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorReleases {
+    /// What to mirror: JSON, as docs/mirror.md has it
+    pub config: PathBuf,
+    /// The directory of the mirror, which is made when it is not there
+    #[arg(required_unless_present = "check")]
+    pub dest: Option<PathBuf>,
+    /// Only check the configuration, and the keys it names
+    #[arg(long, conflicts_with = "dest")]
+    pub check: bool,
+    /// OpenPGP keys for sources that name none: a file or a directory of files; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub key: Vec<PathBuf>,
+    /// The server for a configuration without sources; {channel} and {arch} in it are filled in
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// Where clients find the mirror; the stream documents that are served point there
+    #[arg(long, value_name = "URL")]
+    pub base_url: Option<url::Url>,
+    /// Check again what is there already
+    #[arg(long)]
+    pub verify: bool,
+    /// Wait for another process that changes the mirror
+    #[arg(long)]
+    pub wait: bool,
+    /// Print the summary as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write metrics to this file, for the textfile collector of Prometheus' node exporter
+    #[arg(long, value_name = "FILE")]
+    pub prometheus: Option<PathBuf>,
 }

@@ -8,19 +8,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::HumanBytes;
-use rayon::prelude::*;
 
-use crate::catalog::{Catalog, ETAG, Item, PARTIAL, SIGNATURE};
+use crate::catalog::{Catalog, Item, SIGNATURE};
 use crate::digest::Digest;
-use crate::http::{Http, HttpError};
+use crate::fetch::{self, Partial, each};
+use crate::http::Http;
 use crate::openpgp::{Keys, MAX_SIGNATURE, SignatureError};
 use crate::progress::Progress;
 use crate::stream::{self, Stream};
-use crate::workdir::{Workdir, read_limited, write_file};
-
-/// The most downloads at once: more only makes a server angry.
-const MAX_PARALLEL: usize = 64;
+use crate::workdir::{Workdir, read_limited};
 
 /// What to download, and whom to believe.
 #[derive(Clone, Debug)]
@@ -56,8 +52,7 @@ pub fn run(workdir: &Workdir, options: &Options, http: &Http, progress: &Progres
     std::fs::create_dir_all(&dir).with_context(|| format!("{}: mkdir failed", dir.display()))?;
     let lock = File::open(&dir).with_context(|| format!("{}: open failed", dir.display()))?;
     lock.try_lock().with_context(|| format!("{}: another download is under way", dir.display()))?;
-    let pool =
-        rayon::ThreadPoolBuilder::new().num_threads(options.parallel.clamp(1, MAX_PARALLEL)).build()?;
+    let pool = fetch::pool(options.parallel)?;
     let job = Job { dir: &dir, keys: keys.as_ref(), http, progress };
     let result = pool.install(|| job.run(&catalog.items));
     // Not left to the closing of the file: a process that is being started right now may still hold a copy of it.
@@ -140,6 +135,10 @@ impl Job<'_> {
         self.dir.join(format!("{}{suffix}", item.name))
     }
 
+    fn partial(&self, item: &Item) -> Partial {
+        Partial::of(&self.path(item, ""))
+    }
+
     /// Whether the file is there already. One that is, but is not right, becomes what a download starts from.
     fn present(&self, item: &Item) -> Result<bool> {
         let path = self.path(item, "");
@@ -158,7 +157,7 @@ impl Job<'_> {
         });
         if let Err(e) = checked {
             tracing::warn!("artifact {}: getting it again: {e:#}", item.name);
-            std::fs::rename(&path, self.path(item, PARTIAL)).context("rename failed")?;
+            std::fs::rename(&path, self.partial(item).file).context("rename failed")?;
             return Ok(false);
         }
         task.finish();
@@ -168,49 +167,26 @@ impl Job<'_> {
     /// Checks that what the server says is still to come has room.
     fn check_space(&self, missing: &[&Item]) -> Result<()> {
         let sizes = each(missing.to_vec(), |item| {
-            let have = self.path(item, PARTIAL).metadata().map_or(0, |m| m.len());
             // Without a length there is nothing to check.
-            self.http.length(&item.location).map_or(0, |length| length.saturating_sub(have))
+            self.http
+                .length(&item.location)
+                .map_or(0, |length| length.saturating_sub(self.partial(item).len()))
         });
         let needed = sizes.iter().fold(0u64, |sum, (_, size)| sum.saturating_add(*size));
-        let stat = rustix::fs::statvfs(self.dir)
-            .with_context(|| format!("{}: statvfs failed", self.dir.display()))?;
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        ensure!(
-            needed <= free,
-            "{}: not enough space: {} needed for {} artifacts, {} free",
-            self.dir.display(),
-            HumanBytes(needed),
-            missing.len(),
-            HumanBytes(free)
-        );
-        Ok(())
+        fetch::check_space(self.dir, needed, missing.len(), "artifacts")
     }
 
     fn download(&self, item: &Item) -> Result<()> {
         // First, because it is small: without it all the rest is for nothing.
         let signature = self.signature(item)?;
-        let (partial, etag) = (self.path(item, PARTIAL), self.path(item, ETAG));
         let task = self.progress.task(&item.name, None);
-        loop {
-            let resumed = self.http.get_file(&item.location, &partial, &etag, &task)?;
-            let (found, _) = File::open(&partial).and_then(Digest::of_reader).context("read failed")?;
-            let Err(e) = self.check_digest(item, found) else { break };
-            for path in [&partial, &etag] {
-                remove(path)?;
-            }
-            if !resumed {
-                return Err(e);
-            }
-            tracing::warn!("artifact {}: not what an earlier run began: starting over: {e:#}", item.name);
-        }
-        self.check_signature(&partial, signature.as_deref())?;
-        if let Some(signature) = &signature {
-            write_file(&self.path(item, SIGNATURE), signature)?;
-        }
-        std::fs::rename(&partial, self.path(item, "")).context("rename failed")?;
-        remove(&etag)?;
-        File::open(self.dir).and_then(|dir| dir.sync_all()).context("sync failed")?;
+        let partial = self.partial(item);
+        partial.get(self.http, &item.location, &task, |file| {
+            let (found, _) = File::open(file).and_then(Digest::of_reader).context("read failed")?;
+            self.check_digest(item, found)
+        })?;
+        self.check_signature(&partial.file, signature.as_deref())?;
+        partial.publish(&self.path(item, ""), signature.as_deref())?;
         task.finish();
         Ok(())
     }
@@ -220,9 +196,8 @@ impl Job<'_> {
     fn signature(&self, item: &Item) -> Result<Option<Vec<u8>>> {
         let signature = match &item.signature {
             None => None,
-            Some(url) => match self.http.get(url, MAX_SIGNATURE) {
-                Ok(signature) => Some(signature),
-                Err(HttpError::Status { .. }) => None,
+            Some(url) => match fetch::signature(self.http, url) {
+                Ok(signature) => signature,
                 Err(e) if self.keys.is_none() => {
                     tracing::warn!("artifact {}: goes without its signature: {e}", item.name);
                     None
@@ -245,20 +220,5 @@ impl Job<'_> {
         let Some(keys) = self.keys else { return Ok(()) };
         let file = File::open(path).map_err(SignatureError::Read)?;
         keys.verify(signature.ok_or(SignatureError::Missing)?, file)
-    }
-}
-
-/// What `f` makes of each item, in the order of the items, several at once.
-fn each<'a, R: Send>(items: Vec<&'a Item>, f: impl Fn(&'a Item) -> R + Sync + Send) -> Vec<(&'a Item, R)> {
-    // One at a time for each thread: the items take seconds to minutes.
-    items.into_par_iter().with_max_len(1).map(|item| (item, f(item))).collect()
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("{}: remove failed", path.display()))
-        }
-        _ => Ok(()),
     }
 }

@@ -7,7 +7,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -304,6 +305,27 @@ pub struct Http {
     runtime: Runtime,
     client: Client,
     retry: Retry,
+    rate: Option<Rate>,
+}
+
+/// Holds all transfers of a client together to so many bytes a second.
+struct Rate {
+    per_second: u64,
+    /// When what has been received so far would have arrived at that rate.
+    due: Mutex<Instant>,
+}
+
+impl Rate {
+    /// Waits until `bytes` more may have arrived.
+    fn spend(&self, bytes: u64) {
+        let cost = Duration::from_secs_f64(bytes as f64 / self.per_second as f64);
+        let due = {
+            let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+            *due = (*due).max(Instant::now()) + cost;
+            *due
+        };
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
 }
 
 impl Http {
@@ -352,7 +374,15 @@ impl Http {
             runtime: runtime.context("cannot start the HTTP client")?,
             client: client.build().context("cannot start the HTTP client")?,
             retry: settings.retry,
+            rate: None,
         })
+    }
+
+    /// Gets files at no more than this many bytes a second, all together.
+    pub fn with_rate(mut self, bytes_per_second: Option<u64>) -> Self {
+        let due = Mutex::new(Instant::now());
+        self.rate = bytes_per_second.map(|rate| Rate { per_second: rate.max(1), due });
+        self
     }
 
     /// Gets a document of at most `limit` bytes.
@@ -432,6 +462,9 @@ impl Http {
         while let Some(chunk) = answer.chunk()? {
             file.write_all(&chunk).map_err(write_failed)?;
             task.advance(chunk.len() as u64);
+            if let Some(rate) = &self.rate {
+                rate.spend(chunk.len() as u64);
+            }
         }
         file.sync_all().map_err(write_failed)
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
+use indicatif::HumanBytes;
 use rehydrator::cli::{self, Build, Cli, Command};
 use rehydrator::dehydrate::{self, dehydrate};
 use rehydrator::extract::extract;
@@ -18,7 +19,7 @@ use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
-use rehydrator::{download, memory, oci, report};
+use rehydrator::{download, memory, mirror, oci, report};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -93,6 +94,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             Ok(writeln!(out, "{}", digest.oci())?)
         }
+        Command::Mirror(mirror) => run_mirror(mirror, progress, &mut out),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
             Ok(())
@@ -164,6 +166,39 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             workdir.clean()
         }
     }
+}
+
+fn run_mirror(command: cli::Mirror, progress: &Progress, out: &mut dyn Write) -> Result<()> {
+    let args = match command {
+        cli::Mirror::Releases(args) => args,
+        cli::Mirror::Gc { dest, dry_run, wait } => {
+            let removed = mirror::collect(&dest, dry_run, wait)?;
+            let done = if dry_run { "would remove" } else { "removed" };
+            for version in removed {
+                writeln!(out, "{done} {}, {}", version.dir.display(), HumanBytes(version.bytes))?;
+            }
+            return Ok(());
+        }
+    };
+    let defaults = mirror::config::Defaults { keys: args.key, url: args.url };
+    let config = mirror::config::Config::read(&args.config, &defaults)?;
+    let Some(dest) = args.dest else {
+        return Ok(writeln!(out, "{}: good", args.config.display())?);
+    };
+    let http = Http::new(Retry::default())?.with_rate(config.rate);
+    let options = mirror::Options { base_url: args.base_url, verify: args.verify, wait: args.wait };
+    let summary = mirror::run(&config, &dest, &options, &http, progress)?;
+    if args.json {
+        serde_json::to_writer_pretty(&mut *out, &summary)?;
+        writeln!(out)?;
+    } else {
+        summary.print(out)?;
+    }
+    if let Some(path) = args.prometheus {
+        summary.write_prometheus(&path)?;
+    }
+    anyhow::ensure!(summary.failed.is_empty(), "mirror {}: {} failed", dest.display(), summary.failed.len());
+    Ok(())
 }
 
 /// Looks into an artifact of a dehydrated directory, or into any file.

@@ -98,16 +98,25 @@ impl Keys {
         for (i, &start) in starts.iter().enumerate() {
             let end = starts.get(i + 1).copied().unwrap_or(bytes.len());
             for cert in CertParser::from_bytes(&bytes[start..end])? {
-                let mut cert = cert.context("not an OpenPGP key")?;
-                // Of two copies of a key each may have a revocation that the other has not.
-                if let Some(known) = self.0.remove(&cert.fingerprint()) {
-                    cert = known.merge_public(cert)?;
-                }
-                self.0.insert(cert.fingerprint(), cert);
+                self.insert(cert.context("not an OpenPGP key")?)?;
                 any = true;
             }
         }
         ensure!(any, "no OpenPGP key");
+        Ok(())
+    }
+
+    /// Adds all of `other`.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        other.0.values().cloned().try_for_each(|cert| self.insert(cert))
+    }
+
+    fn insert(&mut self, mut cert: Cert) -> Result<()> {
+        // Of two copies of a key each may have a revocation, or a subkey, that the other has not.
+        if let Some(known) = self.0.remove(&cert.fingerprint()) {
+            cert = known.merge_public(cert)?;
+        }
+        self.0.insert(cert.fingerprint(), cert);
         Ok(())
     }
 

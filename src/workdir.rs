@@ -126,7 +126,8 @@ impl Workdir {
     }
 }
 
-fn fetch(url: &str, http: &Http) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
+/// The stream document at `url`, and its signature if there is one.
+pub fn fetch(url: &str, http: &Http) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
     let document = http.get(url, MAX_STREAM)?;
     let signature = match http.get(&format!("{url}{SIGNATURE}"), MAX_SIGNATURE) {
         Ok(signature) => Some(signature),

@@ -70,8 +70,7 @@ fn gnu_gzip_at_every_level() {
     let dir = tempfile::tempdir().unwrap();
     let code = fs::read("/bin/bash").unwrap();
     let mut random = Random(1);
-    let lengths =
-        [0, 1, 3, 10, 263, 32_768, 65_275, 65_537, 98_304];
+    let lengths = [0, 1, 3, 10, 263, 32_768, 65_275, 65_537, 98_304];
     for (i, len) in lengths.into_iter().chain([200_000, 600_000]).enumerate() {
         let plain = match i % 3 {
             0 => random.mixture(len, &code),

@@ -6,6 +6,9 @@
 mod common;
 mod container;
 mod damage;
+mod server;
+#[path = "../tools/mod.rs"]
+mod tools;
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,0 +1,239 @@
+//! The release servers of CoreOS Container Linux and Flatcar: `version.txt` of a channel says what is current, the HTML
+//! index of a version says which files there are.
+//!
+//! Files are taken when they have a signature, or when a `DIGESTS` file that has one lists them. Nothing else of what
+//! a server says is believed: with the wrong `version.txt` it can offer an older version, no other bytes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use url::Url;
+
+use crate::catalog::SIGNATURE;
+use crate::fetch;
+use crate::http::Http;
+use crate::openpgp::{MAX_SIGNATURE, SignatureError};
+use crate::workdir::read_limited;
+
+use super::config::{Source, Versions};
+use super::index::{Index, MAX_INDEX};
+use super::plan::{Plan, Proof, Sha512, Version, Wanted, join};
+use super::version::{check_name, compare};
+
+/// What says which version of a channel is current.
+const VERSION_TXT: &str = "version.txt";
+
+/// The longest `version.txt` that is read, in bytes. Real ones have some 200.
+const MAX_VERSION_TXT: u64 = 64 << 10;
+
+/// The longest list of digests that is read, in bytes. Real ones have some 1 KB.
+const MAX_DIGESTS: u64 = 1 << 20;
+
+/// How names of lists of digests end.
+const DIGESTS: &str = ".DIGESTS";
+
+/// The architecture whose versions and links lie where oppositus has them; others have directories of their own.
+const PLAIN_ARCH: &str = "amd64";
+
+/// Finds out what a channel has. An error is one of the whole channel; others are in the plan.
+pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http) -> Result<Plan> {
+    let part = if arch == PLAIN_ARCH { "" } else { arch };
+    let mut plan =
+        Plan::new(&source.root, join(Path::new(channel), Path::new(part)), part, source.keys.clone());
+    let mut base = Url::parse(&source.url(channel, arch)?)?;
+    if !base.path().ends_with('/') {
+        base.set_path(&format!("{}/", base.path()));
+    }
+    let mut versions = Vec::new();
+    if let Versions { pin: Some(pin), .. } = &source.versions {
+        versions.clone_from(pin);
+        versions.sort_by(|a, b| compare(b, a));
+        plan.current = versions.first().cloned();
+    } else {
+        let current = current(source, &base, http)?;
+        if let Some(minimum) = &source.versions.minimum {
+            ensure!(
+                compare(&current, minimum).is_ge(),
+                "the current version is {current}, which is before {minimum}"
+            );
+            let listed = Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path()).dirs;
+            versions.extend(listed.into_iter().filter(|v| {
+                check_name("version", v).is_ok() && compare(v, minimum).is_ge() && *v != current
+            }));
+            versions.sort_by(|a, b| compare(b, a));
+            versions.truncate(source.keep.unwrap_or(usize::MAX) - 1);
+        }
+        versions.push(current.clone());
+        versions.sort_by(|a, b| compare(b, a));
+        plan.current = Some(current);
+    }
+    plan.needs.extend(plan.current.clone());
+    for version in versions {
+        let files = match files(source, &mut plan, &base, &version, dest, http) {
+            Ok(files) => files,
+            Err(e) => {
+                let what = plan.dir(&version).display().to_string();
+                plan.problem(Some(&version), what, &e);
+                Vec::new()
+            }
+        };
+        plan.versions.push(Version { name: version, files });
+    }
+    Ok(plan)
+}
+
+/// The version that `version.txt` names. Where that is signed, it must be signed right.
+fn current(source: &Source, base: &Url, http: &Http) -> Result<String> {
+    let url = base.join("current/")?.join(VERSION_TXT)?;
+    let text = http.get(url.as_str(), MAX_VERSION_TXT)?;
+    if let Some(signature) = fetch::signature(http, &format!("{url}{SIGNATURE}"))? {
+        source.keys.verify(&signature, &text[..]).with_context(|| url.to_string())?;
+    }
+    parse_version(&String::from_utf8_lossy(&text)).with_context(|| url.to_string())
+}
+
+/// Reads `version.txt`, which is a list of variables of a shell.
+fn parse_version(text: &str) -> Result<String> {
+    for name in ["FLATCAR_VERSION_ID", "COREOS_VERSION_ID"] {
+        let value = text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
+        if let Some(value) = value {
+            let quoted = |quote| value.strip_prefix(quote).and_then(|v| v.strip_suffix(quote));
+            let version = quoted('"').or_else(|| quoted('\'')).unwrap_or(value);
+            check_name("version", version)?;
+            return Ok(version.into());
+        }
+    }
+    bail!("it names no version");
+}
+
+/// The files of a version.
+fn files(
+    source: &Source,
+    plan: &mut Plan,
+    base: &Url,
+    version: &str,
+    dest: &Path,
+    http: &Http,
+) -> Result<Vec<Wanted>> {
+    let dir = plan.dir(version);
+    let base = base.join(&format!("{version}/"))?;
+    let index = Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path());
+    for (link, why) in index.refused {
+        plan.skip(format!("{base}: {link}"), format!("the link {why}"));
+    }
+    for name in index.dirs {
+        plan.skip(format!("{base}{name}/"), "it is a directory");
+    }
+    let url = |name: &str| {
+        let mut url = base.clone();
+        // This encodes what must be.
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().push(name);
+        }
+        url.to_string()
+    };
+    let signed = |name: &str| {
+        let proof = Proof::Signature { url: url(&format!("{name}{SIGNATURE}")), sha256: None };
+        Wanted { path: dir.join(name), url: url(name), proof }
+    };
+    // The installers of machines need it, whatever else is wanted.
+    let take = |name: &str| source.filters.take(name) || (!source.classic && name == VERSION_TXT);
+    let mut wanted = BTreeMap::new();
+    let mut bare = Vec::new();
+    for name in &index.files {
+        if let Some(of) = name.strip_suffix(SIGNATURE) {
+            if take(of) {
+                wanted.insert(of.to_owned(), signed(of));
+            }
+        } else if take(name) && index.files.binary_search(&format!("{name}{SIGNATURE}")).is_err() {
+            bare.push(name.as_str());
+        }
+    }
+    let lists: Vec<&str> = index
+        .files
+        .iter()
+        .filter_map(|n| n.strip_suffix(SIGNATURE))
+        .filter(|n| n.ends_with(DIGESTS))
+        .collect();
+    let mut lists = Lists { names: lists, read: None };
+    for name in bare {
+        // Those that sign themselves inside do not vouch for what lies beside them in a way that is checked here.
+        if source.classic || lists.names.is_empty() || name.ends_with(".asc") || name.ends_with(DIGESTS) {
+            plan.skip(url(name), SignatureError::Missing.to_string());
+            continue;
+        }
+        let read = lists.read(|list| {
+            let (url, path) = (url(list), dest.join(&dir).join(list));
+            read_list(plan, &url, &path, http).with_context(|| url.clone())
+        });
+        for e in read.problems.drain(..) {
+            plan.problem(Some(version), format!("{}", dir.display()), &e);
+        }
+        match read.digests.get(name) {
+            Some((list, digest)) => {
+                let proof = Proof::Listed(digest.clone());
+                wanted.insert(name.into(), Wanted { path: dir.join(name), url: url(name), proof });
+                wanted.entry(list.clone()).or_insert_with(|| signed(list));
+            }
+            None => plan.skip(url(name), "there is no signature, and no signed list of digests has it"),
+        }
+    }
+    Ok(wanted.into_values().collect())
+}
+
+/// The signed lists of digests of a version, read when they are needed.
+struct Lists<'a> {
+    names: Vec<&'a str>,
+    read: Option<Read>,
+}
+
+#[derive(Default)]
+struct Read {
+    /// By the name of a file: the list that has it, and its digest there.
+    digests: BTreeMap<String, (String, Sha512)>,
+    problems: Vec<anyhow::Error>,
+}
+
+impl Lists<'_> {
+    fn read(&mut self, read: impl Fn(&str) -> Result<Vec<u8>>) -> &mut Read {
+        let names = &self.names;
+        self.read.get_or_insert_with(|| {
+            let mut all = Read::default();
+            for &list in names {
+                match read(list) {
+                    Ok(text) => {
+                        for (name, digest) in parse_digests(&String::from_utf8_lossy(&text)) {
+                            all.digests.entry(name).or_insert_with(|| (list.to_owned(), digest));
+                        }
+                    }
+                    Err(e) => all.problems.push(e),
+                }
+            }
+            all
+        })
+    }
+}
+
+/// A list of digests: the one that is mirrored, or that of the server, if its signature is good.
+fn read_list(plan: &Plan, url: &str, path: &Path, http: &Http) -> Result<Vec<u8>> {
+    let here = read_limited(path, MAX_DIGESTS)
+        .and_then(|text| Ok((text, read_limited(&fetch::beside(path, SIGNATURE), MAX_SIGNATURE)?)));
+    let (text, signature) = match here {
+        Ok((text, signature)) => (text, Some(signature)),
+        Err(_) => (http.get(url, MAX_DIGESTS)?, fetch::signature(http, &format!("{url}{SIGNATURE}"))?),
+    };
+    plan.keys.verify(&signature.ok_or(SignatureError::Missing)?, &text[..])?;
+    Ok(text)
+}
+
+/// Reads the SHA-512 digests of a `DIGESTS` file; the others in it are MD5 and SHA-1, which vouch for nothing.
+pub fn parse_digests(text: &str) -> Vec<(String, Sha512)> {
+    let entry = |line: &str| {
+        let (digest, name) = line.split_once(char::is_whitespace)?;
+        let hex = digest.len() == 128 && digest.bytes().all(|b| b.is_ascii_hexdigit());
+        let name = name.trim().trim_start_matches('*');
+        hex.then(|| (name.to_owned(), Sha512(digest.to_ascii_lowercase())))
+    };
+    text.lines().filter_map(entry).collect()
+}
