@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
+use crate::oci::read::Origin;
 use crate::progress::Mode;
 use crate::registry::{self, Credentials, Reference};
 use crate::rehydrate::Which;
@@ -36,7 +37,7 @@ pub enum Command {
     List(List),
     /// Look into a disk image: format, virtual size, partitions, file systems, platform id
     Inspect(Inspect),
-    /// Check every blob and signature of a dehydrated directory
+    /// Check every blob and signature of a dehydrated directory, or of an image
     Verify(Verify),
     /// Print the digest of an image in a registry
     Digest(DigestArgs),
@@ -169,9 +170,31 @@ pub struct DehydrateArgs {
 /// Options of `build image`.
 #[derive(Clone, Debug, Args)]
 pub struct ImageArgs {
-    /// Where the image goes: oci:DIR[:TAG] or oci-archive:FILE[:TAG]
+    /// Where the image goes: oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF
     #[arg(short, long, value_name = "DEST")]
     pub output: String,
+    /// The program of the image, statically linked; repeated, one for each architecture of an image for several, which
+    /// share the data [default: this program]
+    #[arg(long, value_name = "FILE")]
+    pub binary: Vec<PathBuf>,
+    /// Sign the image with this OpenPGP secret key (simple signing)
+    #[arg(long, value_name = "FILE")]
+    pub sign_key: Option<PathBuf>,
+    /// Sign the image with this key as cosign does: PEM, as openssl, cosign or skopeo make it
+    #[arg(long, value_name = "FILE")]
+    pub cosign_key: Option<PathBuf>,
+    /// A file with the passphrase of the keys in its first line [default: $REHYDRATOR_SIGN_PASSPHRASE]
+    #[arg(long, value_name = "FILE")]
+    pub sign_passphrase_file: Option<PathBuf>,
+    /// The name that signatures give the image [default: that of docker://REF, or the tag in a layout if it is one]
+    #[arg(long, value_name = "REF")]
+    pub sign_identity: Option<Reference>,
+    /// Where OpenPGP signatures go: the root of a lookaside tree [default: sigstore in the working directory]
+    #[arg(long, value_name = "DIR")]
+    pub lookaside: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
 }
 
 /// How to speak to registries.
@@ -229,6 +252,25 @@ pub struct Data {
     /// The dehydrated directory
     #[arg(long, env = "REHYDRATOR_DATA", default_value = "/srv/dehydrated", value_name = "DIR")]
     pub data: PathBuf,
+    /// The image that the dehydrated directory is in, of which only what is needed is fetched: docker://REF,
+    /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
+    #[arg(long, value_name = "IMAGE")]
+    pub from: Option<Origin>,
+    /// The image must be signed with one of these OpenPGP keys: a file or a directory of files; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub key: Vec<PathBuf>,
+    /// The image must be signed with this key as cosign does: a public key in PEM
+    #[arg(long, value_name = "FILE")]
+    pub cosign_key: Option<PathBuf>,
+    /// Where OpenPGP signatures of images are: the root of a lookaside tree, a directory or a URL
+    #[arg(long, default_value = "sigstore", value_name = "DIR")]
+    pub lookaside: String,
+    /// The name that signatures must give the image [default: the one after docker://]
+    #[arg(long, value_name = "REF")]
+    pub identity: Option<Reference>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
 }
 
 /// Options of `rehydrate`.
@@ -286,6 +328,9 @@ pub struct Inspect {
 /// Options of `verify`.
 #[derive(Clone, Debug, Args)]
 pub struct Verify {
+    /// The image, instead of a dehydrated directory, as after --from
+    #[arg(value_name = "IMAGE", conflicts_with = "from")]
+    pub image: Option<Origin>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub data: Data,

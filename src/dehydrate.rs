@@ -422,7 +422,9 @@ impl Job<'_> {
         known: &[Made],
     ) -> Result<()> {
         let budget = if known.is_empty() { (self.options.memory / 2).max(PROOF_CACHE) } else { PROOF_CACHE };
-        let sources = Sources::new(Cache::new(budget), |blob| self.writer.open(blob));
+        let sources = Sources::new(Cache::new(budget), |blob| {
+            Ok(Arc::new(source::File::new(self.writer.open(blob)?)?))
+        });
         for made in known {
             sources.substitute(made.spec, made.plain.clone());
         }

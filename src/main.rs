@@ -1,10 +1,11 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use indicatif::HumanBytes;
 use rehydrator::cli::{self, Build, Cli, Command};
@@ -12,6 +13,11 @@ use rehydrator::dehydrate::{self, dehydrate};
 use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
+use rehydrator::io::read_limited;
+use rehydrator::oci::cosign::{PrivateKey, PublicKey};
+use rehydrator::oci::read::Image;
+use rehydrator::oci::sign::{Policy, Signing};
+use rehydrator::openpgp::Signer;
 use rehydrator::progress::Progress;
 use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
@@ -75,14 +81,27 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
                 validate: !args.skip_validate,
                 force: args.force,
             };
-            rehydrate(&args.data.data, &args.which, &dest, &options, progress)
+            rehydrate(&open(&args.data)?, &args.which, &dest, &options, progress)
         }
-        Command::PrintStreamJson(data) => rehydrate::print_stream(&data.data, &mut out),
-        Command::List(args) => report::list(&Store::open(&args.data.data)?.index, args.json, &mut out),
+        Command::PrintStreamJson(data) => rehydrate::print_stream(&*open(&data)?, &mut out),
+        Command::List(args) => report::list(&open(&args.data)?.index, args.json, &mut out),
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
             let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
-            verify(&args.data.data, args.rehydrate.then_some(&options), progress)
+            let mut data = args.data;
+            data.from = data.from.or(args.image);
+            let store = match image(&data)? {
+                Some(image) => {
+                    image.verify(progress)?;
+                    Arc::new(image.store()?)
+                }
+                None => Arc::new(Store::open(&data.data)?),
+            };
+            match (&data.from, args.rehydrate) {
+                // Every blob of it was read.
+                (Some(_), false) => Ok(()),
+                (_, rehydrate) => verify(&store, rehydrate.then_some(&options), progress),
+            }
         }
         Command::Digest(args) => {
             let client = Client::new(args.registry.options());
@@ -104,6 +123,54 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             clap_mangen::generate_to(Cli::command(), &dir).with_context(|| dir.display().to_string())
         }
     }
+}
+
+/// The image that `data` names, if any, once its signatures are checked.
+fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
+    let mut policy = Policy {
+        cosign: data.cosign_key.as_deref().map(PublicKey::read).transpose()?,
+        lookaside: data.lookaside.clone(),
+        identity: data.identity.clone(),
+        ..Policy::default()
+    };
+    for path in &data.key {
+        policy.keys.read(path)?;
+    }
+    let Some(from) = &data.from else {
+        // Otherwise nothing would be checked where a check was asked for.
+        ensure!(policy.is_empty(), "--key and --cosign-key are about an image: --from names it");
+        return Ok(None);
+    };
+    let image = Image::open(from, data.registry.options())?;
+    policy.check(&image)?;
+    Ok(Some(Arc::new(image)))
+}
+
+/// The dehydrated directory that `data` names.
+fn open(data: &cli::Data) -> Result<Arc<Store>> {
+    Ok(Arc::new(match image(data)? {
+        Some(image) => image.store()?,
+        None => Store::open(&data.data)?,
+    }))
+}
+
+/// What `args` want the image to be signed with.
+fn signing(args: &cli::ImageArgs, workdir: &Workdir) -> Result<Signing> {
+    let passphrase = match &args.sign_passphrase_file {
+        Some(path) => {
+            let bytes = read_limited(path, 64 << 10).with_context(|| path.display().to_string())?;
+            let text = String::from_utf8(bytes).with_context(|| path.display().to_string())?;
+            Some(text.lines().next().unwrap_or_default().to_owned())
+        }
+        None => std::env::var("REHYDRATOR_SIGN_PASSPHRASE").ok(),
+    };
+    let passphrase = passphrase.as_deref();
+    Ok(Signing {
+        openpgp: args.sign_key.as_deref().map(|path| Signer::read(path, passphrase)).transpose()?,
+        cosign: args.cosign_key.as_deref().map(|path| PrivateKey::read(path, passphrase)).transpose()?,
+        identity: args.sign_identity.clone(),
+        lookaside: args.lookaside.clone().unwrap_or_else(|| workdir.sigstore()),
+    })
 }
 
 /// The memory that rehydrating uses unless told otherwise.
@@ -143,9 +210,26 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
         report::dehydrated(&index, out)
     };
     let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
-        let binary = std::env::current_exe().context("this program's own file")?;
-        let digest = oci::image::build(&workdir.dehydrated(), &binary, &args.output)?;
-        Ok(writeln!(out, "{} {}", digest.oci(), args.output)?)
+        let own = std::env::current_exe().context("this program's own file")?;
+        let programs = match &args.binary[..] {
+            [] => vec![own.as_path()],
+            given => given.iter().map(PathBuf::as_path).collect(),
+        };
+        let build = oci::image::Build {
+            dehydrated: &workdir.dehydrated(),
+            programs,
+            output: &args.output,
+            time: oci::image::source_date_epoch()?,
+            registry: args.registry.options(),
+            signing: signing(&args, workdir)?,
+            progress,
+        };
+        let built = build.run()?;
+        writeln!(out, "{} {}", built.digest.oci(), args.output)?;
+        if let Some(path) = built.signature {
+            writeln!(out, "signature {}", path.display())?;
+        }
+        Ok(())
     };
     let dir = |workdir: cli::Workdir| Workdir::new(workdir.workdir);
     match build {
@@ -207,7 +291,7 @@ fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
     let source: Arc<dyn Source> = if path.is_file() {
         Arc::new(source::File::new(std::fs::File::open(path).with_context(|| args.what.clone())?)?)
     } else {
-        let rehydrator = Rehydrator::open(&args.data.data, quarter())?;
+        let rehydrator = Rehydrator::new(open(&args.data)?, quarter())?;
         let artifact = rehydrate::find(&rehydrator.store().index, &args.what, args.arch.as_deref())?;
         if let Some(dir) = &args.extract {
             let extracted = extract(&rehydrator, artifact, dir)?;

@@ -1,4 +1,5 @@
-//! OpenPGP: checks the detached signatures that upstream makes of what it publishes.
+//! OpenPGP: checks the detached signatures that upstream makes of what it publishes; makes and checks signed messages,
+//! which is what signatures of container images are.
 //!
 //! A key counts as it was when the signature was made: one that has expired since, or has been retired (revoked as
 //! superseded or no longer used), is good for what it signed before. One revoked for any other reason, such as being
@@ -9,7 +10,7 @@
 //! and SHA-256 for many years, so that there is no old signature to make an exception for.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,11 +18,14 @@ use sequoia_openpgp as openpgp;
 
 use openpgp::cert::amalgamation::ValidAmalgamation;
 use openpgp::cert::{Cert, CertParser};
+use openpgp::crypto::KeyPair;
 use openpgp::parse::Parse;
 use openpgp::parse::stream::{
     DetachedVerifierBuilder, MessageLayer, MessageStructure, VerificationError, VerificationHelper,
+    VerifierBuilder,
 };
 use openpgp::policy::StandardPolicy;
+use openpgp::serialize::stream::{LiteralWriter, Message};
 use openpgp::types::RevocationStatus;
 use openpgp::{Fingerprint, KeyHandle};
 
@@ -143,6 +147,63 @@ impl Keys {
                 Err(e) => SignatureError::Bad(e.to_string()),
             },
         })
+    }
+}
+
+impl Keys {
+    /// Gives the content of a signed message that was made by one of these keys.
+    pub fn open(&self, message: &[u8]) -> Result<Vec<u8>, SignatureError> {
+        let policy = StandardPolicy::new();
+        let bad = |e: anyhow::Error| match e.downcast::<SignatureError>() {
+            Ok(e) => e,
+            Err(e) => SignatureError::Bad(format!("not a signed message: {e:#}")),
+        };
+        let verifier =
+            VerifierBuilder::from_bytes(message).and_then(|v| v.with_policy(&policy, None, Helper(self)));
+        let mut content = Vec::new();
+        verifier
+            .map_err(bad)?
+            .take(MAX_SIGNATURE)
+            .read_to_end(&mut content)
+            // What the helper says is inside.
+            .map_err(|e| e.downcast::<SignatureError>().unwrap_or_else(|e| bad(e.into())))?;
+        Ok(content)
+    }
+}
+
+/// A key that signs.
+pub struct Signer(KeyPair);
+
+impl Signer {
+    /// Reads a secret key from a file, binary or armored; `passphrase` is for one that is encrypted. Of a key with
+    /// several that may sign, the newest is taken, as in gpg.
+    pub fn read(path: &Path, passphrase: Option<&str>) -> Result<Self> {
+        let at = || format!("key {}", path.display());
+        let bytes = crate::io::read_limited(path, MAX_KEYS).with_context(at)?;
+        let cert = Cert::from_bytes(&bytes).with_context(at)?;
+        Self::pick(&cert, passphrase).with_context(at)
+    }
+
+    fn pick(cert: &Cert, passphrase: Option<&str>) -> Result<Self> {
+        let policy = StandardPolicy::new();
+        let keys = cert.keys().with_policy(&policy, None).supported().alive().revoked(false).for_signing();
+        let key = keys.secret().max_by_key(|key| key.key().creation_time());
+        let mut key = key.context("no secret key in it that may sign now")?.key().clone();
+        if key.secret().is_encrypted() {
+            let passphrase = passphrase.context("it is encrypted, and no passphrase is given")?;
+            key = key.decrypt_secret(&passphrase.into()).ok().context("the passphrase is wrong")?;
+        }
+        Ok(Self(key.into_keypair()?))
+    }
+
+    /// A signed message with this content.
+    pub fn sign(&self, content: &[u8]) -> Result<Vec<u8>> {
+        let mut signed = Vec::new();
+        let message = openpgp::serialize::stream::Signer::new(Message::new(&mut signed), self.0.clone())?;
+        let mut message = LiteralWriter::new(message.build()?).build()?;
+        message.write_all(content)?;
+        message.finalize()?;
+        Ok(signed)
     }
 }
 

@@ -82,9 +82,8 @@ pub struct Rehydrator {
 }
 
 impl Rehydrator {
-    /// Opens the dehydrated directory `data`, to use at most `memory` bytes.
-    pub fn open(data: &Path, memory: u64) -> Result<Self> {
-        let store = Arc::new(Store::open(data)?);
+    /// Opens the sources of `store`, to use at most `memory` bytes.
+    pub fn new(store: Arc<Store>, memory: u64) -> Result<Self> {
         let blobs = store.clone();
         let cache = Cache::new(memory.max(MIN_MEMORY) - OVERHEAD);
         let sources = Sources::new(cache, move |blob| blobs.blob(blob));
@@ -180,9 +179,9 @@ fn is_broken_pipe(e: &anyhow::Error) -> bool {
     e.chain().filter_map(|e| e.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Rehydrates what `which` says out of `data` into `dest`.
+/// Rehydrates what `which` says out of `store` into `dest`.
 pub fn rehydrate(
-    data: &Path,
+    store: &Arc<Store>,
     which: &Which,
     dest: &Dest,
     options: &Options,
@@ -191,7 +190,7 @@ pub fn rehydrate(
     if *dest == Dest::Stdout && io::stdout().is_terminal() {
         bail!("refusing to write disk images to a terminal; redirect stdout or name a directory");
     }
-    let rehydrator = Rehydrator::open(data, options.memory)?;
+    let rehydrator = Rehydrator::new(store.clone(), options.memory)?;
     let artifacts = select(&rehydrator.store.index, which)?;
     let write = |artifact: &Artifact, out: &mut dyn Output| {
         rehydrator.write(artifact, options.validate, progress, out)
@@ -295,6 +294,6 @@ pub fn find<'a>(index: &'a Index, what: &str, arch: Option<&str>) -> Result<&'a 
 }
 
 /// Prints the stream document to `out`, byte for byte.
-pub fn print_stream(data: &Path, out: &mut dyn Write) -> Result<()> {
-    Ok(out.write_all(&Store::open(data)?.stream()?)?)
+pub fn print_stream(store: &Store, out: &mut dyn Write) -> Result<()> {
+    Ok(out.write_all(&store.stream()?)?)
 }

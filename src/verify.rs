@@ -1,6 +1,6 @@
 //! Checks a dehydrated directory: the stream document, the signatures, every blob, and if asked every artifact.
 
-use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use rayon::prelude::*;
@@ -9,9 +9,8 @@ use crate::progress::Progress;
 use crate::rehydrate::{Dest, Options, Which, rehydrate};
 use crate::store::Store;
 
-/// Checks `data`; an error names everything that is damaged, and which artifacts that concerns.
-pub fn verify(data: &Path, artifacts_too: Option<&Options>, progress: &Progress) -> Result<()> {
-    let store = Store::open(data)?;
+/// Checks `store`; an error names everything that is damaged, and which artifacts that concerns.
+pub fn verify(store: &Arc<Store>, artifacts_too: Option<&Options>, progress: &Progress) -> Result<()> {
     let index = &store.index;
     let mut bad = Vec::new();
     bad.extend(store.stream().err().map(|e| format!("{e:#}")));
@@ -31,12 +30,12 @@ pub fn verify(data: &Path, artifacts_too: Option<&Options>, progress: &Progress)
     }));
     task.finish();
     if !bad.is_empty() {
-        bail!("{}: {} damaged: {}", data.display(), bad.len(), bad.join("; "));
+        bail!("{}: {} damaged: {}", store.name(), bad.len(), bad.join("; "));
     }
     if let Some(options) = artifacts_too {
         for arch in index.architectures() {
             let which = Which { all: true, arch: Some(arch.into()), ..Which::default() };
-            rehydrate(data, &which, &Dest::Nowhere, options, progress)?;
+            rehydrate(store, &which, &Dest::Nowhere, options, progress)?;
         }
     }
     Ok(())

@@ -58,6 +58,11 @@ impl Workdir {
         self.root.join("artifacts")
     }
 
+    /// Where signatures of images go: the root of a lookaside tree.
+    pub fn sigstore(&self) -> PathBuf {
+        self.root.join("sigstore")
+    }
+
     /// `dehydrated/`.
     pub fn dehydrated(&self) -> PathBuf {
         self.root.join("dehydrated")

@@ -5,24 +5,29 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use flate2::{Compression, GzBuilder};
 use oci_spec::image::{
     ANNOTATION_CREATED, ANNOTATION_DESCRIPTION, ANNOTATION_TITLE, ANNOTATION_VERSION, Arch, ConfigBuilder,
-    Descriptor, HistoryBuilder, ImageConfigurationBuilder, ImageManifestBuilder, MediaType, Os,
-    PlatformBuilder, RootFsBuilder, SCHEMA_VERSION,
+    Descriptor, HistoryBuilder, ImageConfigurationBuilder, ImageIndexBuilder, ImageManifest,
+    ImageManifestBuilder, MediaType, Os, PlatformBuilder, RootFsBuilder, SCHEMA_VERSION,
 };
 use serde::Deserialize;
 
 use super::layer::TarLayer;
-use super::layout::{Destination, Staging};
+use super::layout::{Staging, Target, parent};
+use super::sign::{Signing, cosign, cosign_tag, simple_sign};
 use super::{
     ANNOTATION_ARCHITECTURES, ANNOTATION_ARTIFACTS, ANNOTATION_FILES, ANNOTATION_STREAM, DATA, PROGRAM, elf,
+    push,
 };
 use crate::digest::{Digest, Hasher};
+use crate::progress::{Mode, Progress};
 use crate::recipe::{Blob, Index};
+use crate::registry::{self, Client, Options, Reference};
+use crate::source::Reader;
 use crate::store::{self, Store};
 
 /// The largest layer, in bytes: registries that keep blobs in object stores refuse more than 5 GB at once, and 4 GiB
@@ -46,8 +51,36 @@ pub fn source_date_epoch() -> Result<u64> {
         .with_context(|| format!("SOURCE_DATE_EPOCH: {text:?}: expected seconds up to {MAX_TIME}"))
 }
 
+/// How to make an image.
+pub struct Build<'a> {
+    /// The dehydrated directory.
+    pub dehydrated: &'a Path,
+    /// The static executable, for each architecture one. Of several, images are made that share their data, and an
+    /// index of these.
+    pub programs: Vec<&'a Path>,
+    /// Where it goes, as [`Target`] reads it.
+    pub output: &'a str,
+    /// What everything in it is stamped with, in seconds of the epoch.
+    pub time: u64,
+    /// How to speak to a registry.
+    pub registry: Options,
+    /// What signs it.
+    pub signing: Signing,
+    /// Where progress is shown.
+    pub progress: &'a Progress,
+}
+
+/// An image that was made.
+#[derive(Debug)]
+pub struct Built {
+    /// The digest of its manifest, or of the index of its manifests.
+    pub digest: Digest,
+    /// Where its signature is, if there is one in a lookaside tree.
+    pub signature: Option<PathBuf>,
+}
+
 /// Makes an image of the directory `dehydrated` and the static executable `program`, at `output`, as
-/// [`Destination`] reads it. All times in it are [`source_date_epoch`]. Returns the digest of its manifest.
+/// [`Target`] reads it. All times in it are [`source_date_epoch`]. Returns the digest of its manifest.
 ///
 /// Nothing appears at `output` unless all is well.
 pub fn build(dehydrated: &Path, program: &Path, output: &str) -> Result<Digest> {
@@ -56,20 +89,149 @@ pub fn build(dehydrated: &Path, program: &Path, output: &str) -> Result<Digest> 
 
 /// [`build`], with `time` instead of [`source_date_epoch`].
 pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> Result<Digest> {
-    let destination: Destination = output.parse()?;
-    let store = Store::open(dehydrated)?;
-    let index = &store.index;
-    let groups = group(index)?;
+    let programs = vec![program];
+    let (registry, signing, progress) =
+        (Options::default(), Signing::default(), &Progress::new(Mode::default()));
+    let build = Build { dehydrated, programs, output, time, registry, signing, progress };
+    Ok(build.run()?.digest)
+}
 
-    let staging = Staging::new(destination)?;
-    let (arch, layer) = program_layer(&staging, program, time)?;
-    let mut layers = vec![layer];
-    layers.push(metadata_layer(&staging, &store, time)?);
-    for group in groups {
-        layers.push(data_layer(&staging, &store, &group, time)?);
+impl Build<'_> {
+    /// Makes the image. Nothing appears under its name unless all is well.
+    pub fn run(&self) -> Result<Built> {
+        let target: Target = self.output.parse()?;
+        let identity = self.identity(&target)?;
+        let store = Store::open(self.dehydrated)?;
+        let groups = group(&store.index)?;
+        let staging = match &target {
+            Target::Layout(destination) => Staging::new(destination.clone())?,
+            Target::Registry(_) => Staging::passing(parent(self.dehydrated))?,
+        };
+
+        let programs = self.programs.iter().map(|program| program_layer(&staging, program, self.time));
+        let programs = programs.collect::<Result<Vec<_>>>()?;
+        let mut shared = vec![metadata_layer(&staging, &store, self.time)?];
+        for group in groups {
+            shared.push(data_layer(&staging, &store, &group, self.time)?);
+        }
+        let about = about(&store.index, &store.stream()?, self.time)?;
+        let (mut images, mut blobs) = (Vec::<Descriptor>::new(), Vec::new());
+        for (arch, program) in programs {
+            let twice =
+                |image: &Descriptor| image.platform().as_ref().is_some_and(|p| *p.architecture() == arch);
+            ensure!(!images.iter().any(twice), "two programs for {arch}");
+            let layers: Vec<_> = std::iter::once(program).chain(shared.iter().cloned()).collect();
+            blobs.extend(layers.iter().map(|layer| layer.descriptor.clone()));
+            let (image, config) = image(&staging, arch, layers, &about, self.time)?;
+            images.push(image);
+            blobs.push(config);
+        }
+        let root = match &images[..] {
+            [image] => image.clone(),
+            _ => {
+                let index = ImageIndexBuilder::default()
+                    .schema_version(SCHEMA_VERSION)
+                    .media_type(MediaType::ImageIndex)
+                    .manifests(images.clone())
+                    .annotations(about)
+                    .build()?;
+                staging.document(MediaType::ImageIndex, &index)?
+            }
+        };
+        let digest = root.digest().to_string().parse()?;
+
+        let signature = match &identity {
+            Some(identity) => simple_sign(&self.signing, identity, digest)?,
+            None => None,
+        };
+        match &target {
+            Target::Layout(_) => {
+                let signatures = self.cosign(identity.as_ref(), digest, &staging, None)?;
+                let signatures = signatures.map(|(image, _)| (cosign_tag(digest), image));
+                staging.publish(root, signatures.into_iter().collect())?;
+            }
+            Target::Registry(to) => {
+                let client = Client::new(self.registry.clone().patient());
+                push::blobs(&staging, &client, to, &blobs, self.progress)?;
+                if images.len() > 1 {
+                    for image in &images {
+                        let to = to.with_digest(image.digest().to_string().parse()?);
+                        push::manifest(&staging, &client, &to, image)?;
+                    }
+                }
+                self.push_signature(&client, to, identity.as_ref(), digest, &staging)?;
+                push::manifest(&staging, &client, to, &root)?;
+            }
+        }
+        Ok(Built { digest, signature })
     }
 
-    let about = about(index, &store.stream()?, time)?;
+    /// The name that signatures give the image.
+    fn identity(&self, target: &Target) -> Result<Option<Reference>> {
+        if let Target::Registry(to) = target {
+            ensure!(to.digest().is_none(), "{to}: a new image can have a tag, and no digest");
+        }
+        if self.signing.is_empty() {
+            return Ok(None);
+        }
+        let own = match (&self.signing.identity, target) {
+            (Some(identity), _) => Some(identity.clone()),
+            (None, Target::Registry(to)) => Some(to.clone()),
+            // Only a name that says which registry it is of.
+            (None, Target::Layout(destination)) => destination
+                .tag
+                .parse()
+                .ok()
+                .filter(|name: &Reference| destination.tag.starts_with(&format!("{}/", name.registry()))),
+        };
+        own.map(Some).context("a signature names the image as it will be pulled: --sign-identity says how")
+    }
+
+    fn cosign(
+        &self,
+        identity: Option<&Reference>,
+        digest: Digest,
+        staging: &Staging,
+        earlier: Option<ImageManifest>,
+    ) -> Result<Option<(Descriptor, Vec<Descriptor>)>> {
+        let (Some(key), Some(identity)) = (&self.signing.cosign, identity) else { return Ok(None) };
+        cosign(key, identity, digest, staging, earlier).map(Some)
+    }
+
+    fn push_signature(
+        &self,
+        client: &Client,
+        to: &Reference,
+        identity: Option<&Reference>,
+        digest: Digest,
+        staging: &Staging,
+    ) -> Result<()> {
+        if self.signing.cosign.is_none() {
+            return Ok(());
+        }
+        let to = to.with_tag(&cosign_tag(digest))?;
+        // What others signed stays.
+        let earlier = match client.manifest(&to) {
+            Ok(manifest) => Some(serde_json::from_slice(&manifest.bytes).with_context(|| to.to_string())?),
+            Err(e) if registry::not_found(&e) => None,
+            Err(e) => return Err(e),
+        };
+        if let Some((image, blobs)) = self.cosign(identity, digest, staging, earlier)? {
+            push::blobs(staging, client, &to, &blobs, self.progress)?;
+            push::manifest(staging, client, &to, &image)?;
+        }
+        Ok(())
+    }
+}
+
+/// The image of these layers, and its configuration.
+fn image(
+    staging: &Staging,
+    arch: Arch,
+    layers: Vec<Layer>,
+    about: &HashMap<String, String>,
+    time: u64,
+) -> Result<(Descriptor, Descriptor)> {
     let platform = PlatformBuilder::default().architecture(arch).os(Os::Linux).build()?;
     let config = ImageConfigurationBuilder::default()
         .created(rfc3339(time))
@@ -95,19 +257,18 @@ pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> R
                 .collect::<Result<Vec<_>, _>>()?,
         )
         .build()?;
+    let config = staging.document(MediaType::ImageConfig, &config)?;
     let manifest = ImageManifestBuilder::default()
         .schema_version(SCHEMA_VERSION)
         .media_type(MediaType::ImageManifest)
-        .config(staging.document(MediaType::ImageConfig, &config)?)
+        .config(config.clone())
         .layers(layers.into_iter().map(|layer| layer.descriptor).collect::<Vec<_>>())
-        .annotations(about)
+        .annotations(about.clone())
         .build()?;
-    let mut root = staging.document(MediaType::ImageManifest, &manifest)?;
-    let digest = root.digest().to_string().parse()?;
+    let mut image = staging.document(MediaType::ImageManifest, &manifest)?;
     // An index of images for several architectures is made of such descriptors.
-    root.set_platform(Some(platform));
-    staging.publish(root)?;
-    Ok(digest)
+    image.set_platform(Some(platform));
+    Ok((image, config))
 }
 
 /// What the image says of itself, in labels and annotations.
@@ -239,6 +400,7 @@ fn group(index: &Index) -> Result<Vec<Group>> {
 }
 
 /// A layer that is staged.
+#[derive(Clone)]
 struct Layer {
     descriptor: Descriptor,
     /// Digest of the uncompressed tar file.
@@ -297,6 +459,7 @@ fn data_layer(staging: &Staging, store: &Store, group: &Group, time: u64) -> Res
                 let name = format!("blobs/sha256/{}", expected.sha256);
                 let blob = || format!("blob {}", expected.sha256);
                 let file = store.blob(&expected)?;
+                let file = Reader::new(&*file);
                 let (found, offset) =
                     tar.file(&format!("{DATA}/{name}"), 0o644, expected.size, file).with_context(blob)?;
                 store::matches(&blob(), &found, &expected)?;

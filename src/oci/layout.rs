@@ -21,6 +21,7 @@ use tempfile::{NamedTempFile, TempDir};
 
 use super::layer::tar_header;
 use crate::digest::{Digest, Hasher};
+use crate::registry::{Reference, TRANSPORT};
 
 /// The longest `index.json` of an existing layout that is read, in bytes: what skopeo and registries take for a
 /// manifest.
@@ -36,7 +37,7 @@ const MAX_TAG: usize = 512;
 const LAYOUT: &str = "oci-layout";
 
 /// The file that names the images of a layout.
-const INDEX: &str = "index.json";
+pub(super) const INDEX: &str = "index.json";
 
 /// Where the blobs of a layout are.
 const BLOBS: &str = "blobs/sha256";
@@ -58,6 +59,27 @@ pub struct Destination {
     pub tag: String,
 }
 
+/// Where a new image goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Into a layout.
+    Layout(Destination),
+    /// Into a registry.
+    Registry(Reference),
+}
+
+impl FromStr for Target {
+    type Err = anyhow::Error;
+
+    /// Reads `docker://REF`, or what [`Destination`] reads.
+    fn from_str(text: &str) -> Result<Self> {
+        match text.strip_prefix(TRANSPORT) {
+            Some(name) => Ok(Self::Registry(name.parse()?)),
+            None => Ok(Self::Layout(text.parse()?)),
+        }
+    }
+}
+
 impl FromStr for Destination {
     type Err = anyhow::Error;
 
@@ -67,7 +89,9 @@ impl FromStr for Destination {
             Some(("oci", rest)) => (false, rest),
             Some(("oci-archive", rest)) => (true, rest),
             _ => {
-                bail!("{text:?}: not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]")
+                bail!(
+                    "{text:?}: not a place for an image: expected oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF"
+                )
             }
         };
         let (path, tag) = rest.split_once(':').unwrap_or((rest, DEFAULT_TAG));
@@ -87,7 +111,8 @@ impl FromStr for Destination {
 
 /// An image that is being written.
 pub struct Staging {
-    dest: Destination,
+    /// None where it does not stay here.
+    dest: Option<Destination>,
     /// The destination is a directory that is there already; new files are staged inside, since it may be a mount.
     in_place: bool,
     dir: TempDir,
@@ -118,7 +143,20 @@ impl Staging {
             .tempdir_in(beside)
             .with_context(at)?;
         fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
-        Ok(Self { dest, in_place, dir })
+        Ok(Self { dest: Some(dest), in_place, dir })
+    }
+
+    /// Starts an image that will be sent elsewhere; until then it is in `dir`, under no name that anyone looks for.
+    pub fn passing(dir: &Path) -> Result<Self> {
+        let at = || format!("an image in {}", dir.display());
+        let dir = tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(dir).with_context(at)?;
+        fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
+        Ok(Self { dest: None, in_place: false, dir })
+    }
+
+    /// The file of a blob that was added.
+    pub fn file(&self, digest: Digest) -> PathBuf {
+        self.dir.path().join(blob_path(digest))
     }
 
     /// Adds the blob that `write` writes, and returns its descriptor along with what `write` returned.
@@ -149,15 +187,26 @@ impl Staging {
     }
 
     /// Gives the image that `root` describes its name: a manifest, or an index of several. In a directory, an image
-    /// that had the name loses it, and its blobs stay, as with skopeo; a file is replaced.
-    pub fn publish(self, root: Descriptor) -> Result<()> {
-        let at = format!("image {}", self.dest.path.display());
-        self.place(root).context(at)
+    /// that had the name loses it, and its blobs stay, as with skopeo; a file is replaced. `others` are further
+    /// images, with their tags.
+    pub fn publish(self, root: Descriptor, others: Vec<(String, Descriptor)>) -> Result<()> {
+        // One without a destination has nothing to publish.
+        let Some(dest) = self.dest.clone() else { return Ok(()) };
+        self.place(&dest, root, others).with_context(|| format!("image {}", dest.path.display()))
     }
 
-    fn place(self, root: Descriptor) -> Result<()> {
-        let (stage, dest) = (self.dir.path(), self.dest.path.as_path());
-        let index = to_json(&with_tag(read_index(dest)?, &self.dest.tag, root)?)?;
+    fn place(
+        self,
+        destination: &Destination,
+        root: Descriptor,
+        others: Vec<(String, Descriptor)>,
+    ) -> Result<()> {
+        let (stage, dest) = (self.dir.path(), destination.path.as_path());
+        let mut index = with_tag(read_index(dest)?, &destination.tag, root)?;
+        for (tag, image) in others {
+            index = with_tag(index, &tag, image)?;
+        }
+        let index = to_json(&index)?;
         if self.in_place {
             fs::create_dir_all(dest.join(BLOBS))?;
             for name in blob_names(stage)? {
@@ -169,7 +218,7 @@ impl Staging {
         }
         replace(stage, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
         replace(stage, INDEX, &index)?;
-        if self.dest.archive {
+        if destination.archive {
             let mut file = new_file(parent(dest))?;
             archive(stage, BufWriter::with_capacity(BUFFER, file.as_file_mut()))?;
             file.as_file().sync_all()?;
@@ -206,7 +255,7 @@ fn archive(layout: &Path, out: impl Write) -> Result<()> {
 }
 
 /// Reads the index of the layout in `dir`, an empty one if there is no layout. Refuses a version that is not known.
-fn read_index(dir: &Path) -> Result<Value> {
+pub(super) fn read_index(dir: &Path) -> Result<Value> {
     if !dir.join(LAYOUT).exists() {
         return Ok(json!({ "schemaVersion": 2, "mediaType": MediaType::ImageIndex, "manifests": [] }));
     }
@@ -225,7 +274,7 @@ fn with_tag(mut index: Value, tag: &str, root: Descriptor) -> Result<Value> {
     Ok(index)
 }
 
-fn to_json(document: &impl Serialize) -> Result<Vec<u8>> {
+pub(super) fn to_json(document: &impl Serialize) -> Result<Vec<u8>> {
     let mut value = serde_json::to_value(document)?;
     value.sort_all_objects();
     Ok(serde_json::to_vec(&value)?)
@@ -239,7 +288,7 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&bytes).with_context(at)
 }
 
-fn blob_path(digest: Digest) -> String {
+pub(super) fn blob_path(digest: Digest) -> String {
     format!("{BLOBS}/{digest}")
 }
 
@@ -249,7 +298,7 @@ fn blob_names(dir: &Path) -> io::Result<BTreeSet<PathBuf>> {
 }
 
 /// The directory that holds `path`.
-fn parent(path: &Path) -> &Path {
+pub(super) fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| *p != OsStr::new("")).unwrap_or(Path::new("."))
 }
 
@@ -289,8 +338,14 @@ mod tests {
             dest("a.tar", true, "example.com:5000/x/y:1+2")
         );
         for (text, error) in [
-            ("out", "not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]"),
-            ("dir:out", "not a place for an image: expected oci:DIR[:TAG] or oci-archive:FILE[:TAG]"),
+            (
+                "out",
+                "not a place for an image: expected oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF",
+            ),
+            (
+                "dir:out",
+                "not a place for an image: expected oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF",
+            ),
             ("oci:", "no path"),
             ("oci::v1", "no path"),
             ("oci:a:", "\"\" is not a tag"),
@@ -305,7 +360,7 @@ mod tests {
     fn publish(dest: &str, content: &str) -> Result<Descriptor> {
         let staging = Staging::new(dest.parse()?)?;
         let root = staging.document(MediaType::ImageManifest, &content)?;
-        staging.publish(root.clone())?;
+        staging.publish(root.clone(), Vec::new())?;
         Ok(root)
     }
 

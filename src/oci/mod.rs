@@ -1,7 +1,8 @@
 //! The container image: a dehydrated directory and this program, as layers that any container tool can carry.
 //!
 //! ```text
-//! dehydrated directory ─► image (layers, manifest) ─► layout (oci:DIR, oci-archive:FILE)
+//! dehydrated directory ─► image (layers, manifest) + sign ─► layout (oci:DIR, oci-archive:FILE) or push (docker://REF)
+//! store ◄──────────────────────────────────────────── read ◄─────────┴───────────────────────────────┘
 //! ```
 //!
 //! The image is a plain OCI image with nothing below it: one static executable and the data. In the order of the
@@ -27,10 +28,14 @@
 //! a new release of the program leaves them as they are. The same input makes the same digests, everywhere: entries are
 //! sorted, owned by 0:0, of mode 0644 or 0755, and all times are `SOURCE_DATE_EPOCH`, or 0.
 
+pub mod cosign;
 pub mod elf;
 pub mod image;
 mod layer;
 pub mod layout;
+mod push;
+pub mod read;
+pub mod sign;
 
 /// Where the program is in the image.
 pub const PROGRAM: &str = "/usr/bin/rehydrator";

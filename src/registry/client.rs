@@ -411,11 +411,11 @@ impl Client {
         if !own && !url.starts_with("https:") && host.base.scheme() == "https" {
             return Err(invalid("the registry sends us from https to http".into()));
         }
-        let mut first = true;
+        let mut fresh = None;
         loop {
             let mut headers = headers.to_vec();
             // Another host gets no authorization of this one.
-            if own && let Some(header) = host.authorization(access) {
+            if own && let Some(header) = fresh.clone().or_else(|| host.authorization(access)) {
                 headers.push((AUTHORIZATION, header));
             }
             let send = |body: Body<'_>| host.http.send(method.clone(), url, &headers, body);
@@ -427,16 +427,16 @@ impl Client {
                     send(Body::Reader(&mut *reader, *len))?
                 }
             };
-            if answer.status() != StatusCode::UNAUTHORIZED || !own || !first {
+            if answer.status() != StatusCode::UNAUTHORIZED || !own || fresh.is_some() {
                 return Ok(answer);
             }
-            first = false;
-            self.authorize(host, access, answer)?;
+            // However short it lasts, it is for this request.
+            fresh = Some(self.authorize(host, access, answer)?);
         }
     }
 
     /// Gets the authorization that `refusal` asks for.
-    fn authorize(&self, host: &Host, access: &Access, refusal: Answer) -> Result<(), Failure> {
+    fn authorize(&self, host: &Host, access: &Access, refusal: Answer) -> Result<String, Failure> {
         let credentials = match &self.0.options.credentials {
             Some(credentials) => Some(credentials.clone()),
             None => self.0.files.find(&access.reference).map_err(|e| {
@@ -455,9 +455,10 @@ impl Client {
         } else {
             return Err(refusal.refused());
         };
+        let header = authorization.header.clone();
         let mut all = host.authorizations.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(access.scopes().join(" "), authorization);
-        Ok(())
+        Ok(header)
     }
 }
 

@@ -52,7 +52,7 @@ impl Platform {
 }
 
 /// Whether a manifest is an index of others.
-pub(crate) fn is_index(media_type: &MediaType) -> bool {
+pub fn is_index(media_type: &MediaType) -> bool {
     let docker = "application/vnd.docker.distribution.manifest.list.v2+json";
     *media_type == MediaType::ImageIndex || media_type.to_string() == docker
 }

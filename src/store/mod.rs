@@ -1,15 +1,16 @@
 //! The dehydrated directory: `stream.json`, `index.json` with its digest beside it, `signatures/`, `blobs/sha256/`.
 //!
-//! [`Store`] reads one; [`Writer`] makes one and shows it under its name only when it is whole. [`Sources`] makes the
-//! sources of an index out of blobs. `docs/format.md` is the normative text.
+//! [`Store`] reads one, wherever its [`Files`] are: in a directory, or in the layers of an image. [`Writer`] makes one and
+//! shows it under its name only when it is whole. [`Sources`] makes the sources of an index out of blobs.
+//! `docs/format.md` is the normative text.
 
 mod sources;
 mod writer;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
@@ -18,6 +19,7 @@ pub use writer::{BlobWriter, Writer};
 
 use crate::digest::Digest;
 use crate::recipe::{Blob, Index, MAX_INDEX};
+use crate::source::{self, Reader, Source};
 
 /// Name of the stream document.
 pub const STREAM: &str = "stream.json";
@@ -32,9 +34,38 @@ pub const SIGNATURES: &str = "signatures";
 /// Name of the directory of blobs.
 pub const BLOBS: &str = "blobs/sha256";
 
+/// Where the files of a dehydrated directory are.
+pub trait Files: Send + Sync {
+    /// What they are called in messages.
+    fn name(&self) -> String;
+
+    /// Opens a file by its path in the directory; `NotFound` where there is none.
+    fn open(&self, path: &str) -> io::Result<Arc<dyn Source>>;
+
+    /// Whether there is a file.
+    fn has(&self, path: &str) -> bool;
+}
+
+/// A directory.
+struct Directory(PathBuf);
+
+impl Files for Directory {
+    fn name(&self) -> String {
+        self.0.display().to_string()
+    }
+
+    fn open(&self, path: &str) -> io::Result<Arc<dyn Source>> {
+        Ok(Arc::new(source::File::new(std::fs::File::open(self.0.join(path))?)?))
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.0.join(path).exists()
+    }
+}
+
 /// A dehydrated directory, open for reading.
 pub struct Store {
-    dir: PathBuf,
+    files: Box<dyn Files>,
     index_json: Vec<u8>,
     /// Its index, checked.
     pub index: Index,
@@ -43,51 +74,58 @@ pub struct Store {
 impl Store {
     /// Opens the dehydrated directory `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::of(Box::new(Directory(dir.to_owned())))
+    }
+
+    /// Opens a dehydrated directory whose files are anywhere.
+    pub fn of(files: Box<dyn Files>) -> Result<Self> {
         let read = |name: &str, most: u64| -> Result<Vec<u8>> {
-            let path = dir.join(name);
-            let file =
-                File::open(&path).with_context(|| format!("no dehydrated directory: {}", path.display()))?;
-            let mut bytes = Vec::new();
-            file.take(most + 1).read_to_end(&mut bytes).with_context(|| path.display().to_string())?;
-            ensure!(bytes.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
-            Ok(bytes)
+            let path = || format!("{}/{name}", files.name());
+            let file = files.open(name).with_context(|| format!("no dehydrated directory: {}", path()))?;
+            ensure!(file.len() <= most, "{}: longer than {most} bytes", path());
+            read_all(&*file).with_context(path)
         };
         let bytes = read(INDEX, MAX_INDEX)?;
-        let index = Index::from_json(&bytes).with_context(|| dir.display().to_string())?;
+        let index = Index::from_json(&bytes).with_context(|| files.name())?;
         let line = index_digest(&bytes);
         let expected = read(INDEX_DIGEST, line.len() as u64)?;
         ensure!(
             expected == line.as_bytes(),
-            "{}: sha256 mismatch: expected {}, got {}",
-            dir.join(INDEX).display(),
+            "{}/{INDEX}: sha256 mismatch: expected {}, got {}",
+            files.name(),
             String::from_utf8_lossy(&expected).split(' ').next().unwrap_or_default(),
             Digest::of(&bytes)
         );
-        Ok(Self { dir: dir.to_owned(), index_json: bytes, index })
+        Ok(Self { files, index_json: bytes, index })
+    }
+
+    /// What it is called in messages.
+    pub fn name(&self) -> String {
+        self.files.name()
     }
 
     /// Opens a blob, and checks its length.
-    pub fn blob(&self, blob: &Blob) -> Result<File> {
-        let path = self.dir.join(BLOBS).join(blob.sha256.to_string());
-        let file = File::open(&path).with_context(|| format!("blob {} is missing", blob.sha256))?;
-        let size = file.metadata()?.len();
+    pub fn blob(&self, blob: &Blob) -> Result<Arc<dyn Source>> {
+        let file = self.files.open(&format!("{BLOBS}/{}", blob.sha256));
+        let file = file.with_context(|| format!("blob {} is missing", blob.sha256))?;
+        let size = file.len();
         ensure!(size == blob.size, "blob {}: expected {} bytes, got {size}", blob.sha256, blob.size);
         Ok(file)
     }
 
     /// Reads all of a blob and checks its digest.
     pub fn verify(&self, blob: &Blob) -> Result<()> {
-        check(&format!("blob {}", blob.sha256), self.blob(blob)?, blob)
+        check(&format!("blob {}", blob.sha256), Reader::new(&*self.blob(blob)?), blob)
     }
 
     /// The stream document, checked.
     pub fn stream(&self) -> Result<Vec<u8>> {
-        self.read(Path::new(STREAM), &self.index.stream.blob)
+        self.read(STREAM, &self.index.stream.blob)
     }
 
     /// Upstream's detached signature of an artifact's published file, checked.
     pub fn signature(&self, name: &str, blob: &Blob) -> Result<Vec<u8>> {
-        self.read(&Path::new(SIGNATURES).join(format!("{name}.sig")), blob)
+        self.read(&format!("{SIGNATURES}/{name}.sig"), blob)
     }
 
     /// Every file of the directory but the blobs, by its path in it, checked. The signature of the stream document is
@@ -98,12 +136,11 @@ impl Store {
             (INDEX_DIGEST.to_string(), index_digest(&self.index_json).into_bytes()),
             (STREAM.to_string(), self.stream()?),
         ]);
-        let signature = self.dir.join(STREAM_SIGNATURE);
-        if signature.exists() {
-            let mut bytes = Vec::new();
-            let file = File::open(&signature).with_context(|| signature.display().to_string())?;
-            file.take(MAX_INDEX).read_to_end(&mut bytes).with_context(|| signature.display().to_string())?;
-            files.insert(STREAM_SIGNATURE.to_string(), bytes);
+        if self.files.has(STREAM_SIGNATURE) {
+            let at = || format!("{}/{STREAM_SIGNATURE}", self.name());
+            let file = self.files.open(STREAM_SIGNATURE).with_context(at)?;
+            ensure!(file.len() <= MAX_INDEX, "{}: longer than {MAX_INDEX} bytes", at());
+            files.insert(STREAM_SIGNATURE.to_string(), read_all(&*file).with_context(at)?);
         }
         for artifact in &self.index.artifacts {
             if let Some(signature) = &artifact.signature {
@@ -114,16 +151,23 @@ impl Store {
         Ok(files)
     }
 
-    fn read(&self, name: &Path, blob: &Blob) -> Result<Vec<u8>> {
-        let path = self.dir.join(name);
-        ensure!(blob.size <= MAX_INDEX, "{}: longer than {MAX_INDEX} bytes", name.display());
-        let mut bytes = Vec::new();
-        File::open(&path)
-            .and_then(|file| file.take(blob.size + 1).read_to_end(&mut bytes))
-            .with_context(|| path.display().to_string())?;
-        check(&name.display().to_string(), &bytes[..], blob)?;
+    fn read(&self, name: &str, blob: &Blob) -> Result<Vec<u8>> {
+        let at = || format!("{}/{name}", self.name());
+        ensure!(blob.size <= MAX_INDEX, "{name}: longer than {MAX_INDEX} bytes");
+        let file = self.files.open(name).with_context(at)?;
+        // What is longer is seen to be so, and not read.
+        let mut bytes = vec![0; file.len().min(blob.size + 1) as usize];
+        file.read_at(0, &mut bytes).with_context(at)?;
+        check(name, &bytes[..], blob)?;
         Ok(bytes)
     }
+}
+
+/// All of a file, whose length the caller has checked.
+fn read_all(file: &dyn Source) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; file.len() as usize];
+    file.read_at(0, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// What is in [`INDEX_DIGEST`] beside an index of these bytes.

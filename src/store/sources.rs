@@ -1,7 +1,6 @@
 //! Makes the sources of an index: each once, out of blobs and of the sources before it.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
@@ -10,11 +9,11 @@ use crate::fold::{MAX_MAP, Map};
 use crate::recipe::{Blob, SourceSpec};
 use crate::source::cluster::{Cache, Clustered};
 use crate::source::delta::Delta;
-use crate::source::{self, Concat, Source, Zeros, blob, rootfs};
+use crate::source::{Concat, Reader, Source, Zeros, blob, rootfs};
 use crate::store::check;
 
 /// Opens blobs.
-type OpenBlob<'a> = dyn Fn(&Blob) -> Result<File> + Send + Sync + 'a;
+type OpenBlob<'a> = dyn Fn(&Blob) -> Result<Arc<dyn Source>> + Send + Sync + 'a;
 
 /// The open sources of an index.
 pub struct Sources<'a> {
@@ -25,7 +24,10 @@ pub struct Sources<'a> {
 
 impl<'a> Sources<'a> {
     /// Sources whose blobs `open` opens and whose clusters are in `cache`.
-    pub fn new(cache: Arc<Cache>, open: impl Fn(&Blob) -> Result<File> + Send + Sync + 'a) -> Self {
+    pub fn new(
+        cache: Arc<Cache>,
+        open: impl Fn(&Blob) -> Result<Arc<dyn Source>> + Send + Sync + 'a,
+    ) -> Self {
         Self { open: Box::new(open), cache, made: Mutex::default() }
     }
 
@@ -53,7 +55,7 @@ impl<'a> Sources<'a> {
     pub fn map(&self, blob: &Blob) -> Result<Map> {
         let name = || format!("segment map {}", blob.sha256);
         // Preflate works without bounds on corrections that it did not make: no map is used that is not the right one.
-        check(&name(), (self.open)(blob)?, blob)?;
+        check(&name(), Reader::new(&*(self.open)(blob)?), blob)?;
         let bytes = self.zstd(blob)?;
         ensure!(
             bytes.len() <= MAX_MAP as u64,
@@ -72,20 +74,16 @@ impl<'a> Sources<'a> {
         Ok(Concat::new(parts)?)
     }
 
-    fn stored(&self, blob: &Blob) -> Result<Arc<dyn Source>> {
-        Ok(Arc::new(source::File::new((self.open)(blob)?)?))
-    }
-
     /// The plain bytes of a blob of seekable zstd.
     pub fn zstd(&self, blob: &Blob) -> Result<Clustered> {
-        blob::open(self.stored(blob)?, self.cache.clone()).with_context(|| format!("blob {}", blob.sha256))
+        blob::open((self.open)(blob)?, self.cache.clone()).with_context(|| format!("blob {}", blob.sha256))
     }
 
     /// Makes a source that need not be one of `specs`, only be made of them.
     pub fn make(&self, specs: &[SourceSpec], spec: &SourceSpec) -> Result<Arc<dyn Source>> {
         let (made, size): (Arc<dyn Source>, u64) = match spec {
             SourceSpec::Zeros { size } => (Arc::new(Zeros(*size)), *size),
-            SourceSpec::Stored { blob } => (self.stored(blob)?, blob.size),
+            SourceSpec::Stored { blob } => ((self.open)(blob)?, blob.size),
             SourceSpec::Zstd { blob, plain_size } => (Arc::new(self.zstd(blob)?), *plain_size),
             SourceSpec::Delta { blob, plain_size, base } => {
                 let delta = Delta::open(Arc::new(self.zstd(blob)?), Arc::new(self.concat(specs, base)?));

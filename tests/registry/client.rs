@@ -4,14 +4,15 @@ use std::fs;
 use std::io::{Cursor, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
 use rehydrator::registry::{Client, Credentials, Manifest, Options, Pushed, Reference, not_found};
 use serde_json::json;
 
-use crate::common::{FAST, PROGRAM, Registry, fails, insecure, noise, run, temp};
-use crate::server::{Proxy, Reply, Server};
+use crate::common::{PROGRAM, Registry, fails, insecure, noise, run, temp};
+use crate::server::{Cut, Proxy, Reply, Server};
 
 fn read(mut reader: impl Read) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
@@ -144,7 +145,9 @@ fn all_pages_of_tags() {
     for tag in &tags {
         client.push_manifest(&registry.reference(&format!("x:{tag}")), &manifest).unwrap();
     }
-    assert_eq!(client.tags(&registry.reference("x")).unwrap(), tags);
+    let mut found = client.tags(&registry.reference("x")).unwrap();
+    found.sort();
+    assert_eq!(found, tags);
 
     // A registry that gives less than is asked for.
     let server = Server::start(|request| match request.path.as_str() {
@@ -321,22 +324,65 @@ fn lies() {
     assert!(reader.read(&mut buf).is_err(), "an end after an error");
 }
 
+/// A registry that keeps all it got of an upload, as the specification has it.
+fn keeps_uploads() -> (Server, Arc<Mutex<Vec<u8>>>) {
+    let got = Arc::<Mutex<Vec<u8>>>::default();
+    let have = got.clone();
+    let server = Server::start(move |request| {
+        let mut have = have.lock().unwrap();
+        let range = |have: &[u8]| format!("0-{}", have.len().saturating_sub(1));
+        match request.method.as_str() {
+            "HEAD" => Reply::new(404, ""),
+            "POST" => {
+                have.clear();
+                Reply::new(202, "").header("Location", "/upload")
+            }
+            "GET" => Reply::new(204, "").header("Location", "/upload").header("Range", range(&have)),
+            "PATCH" => {
+                let start = request.header("content-range").unwrap().split_once('-').unwrap().0;
+                if start != have.len().to_string() {
+                    return Reply::new(416, "");
+                }
+                have.extend(&request.body);
+                Reply::new(202, "").header("Location", "/upload").header("Range", range(&have))
+            }
+            _ => {
+                let digest = Digest::of(&have).oci().replace(':', "%3A");
+                Reply::new(if request.path.ends_with(&digest) { 201 } else { 400 }, "")
+            }
+        }
+    });
+    (server, got)
+}
+
 #[test]
 fn an_upload_that_is_cut_goes_on() {
     let tmp = temp();
     let registry = Registry::plain(tmp.path());
     let blob = noise(4, 40 << 20);
-    let options = || Options { chunk: 2 << 20, retry: FAST, ..insecure() };
+    let size = blob.len() as u64;
+    let push_through = |proxy: &Proxy, name: &str, chunk| {
+        let name: Reference = format!("{}/{name}", proxy.address).parse().unwrap();
+        let client = Client::new(Options { chunk, ..insecure() });
+        assert_eq!(push(&client, &name, &blob, &[]).unwrap(), Pushed::Sent);
+        proxy.up() as f64 / size as f64
+    };
     for percent in [30, 60, 90] {
-        let size = blob.len() as u64;
-        let proxy = Proxy::start(&registry.address, Some(size * percent / 100));
-        let name: Reference = format!("{}/cut{percent}", proxy.address).parse().unwrap();
-        assert_eq!(push(&Client::new(options()), &name, &blob, &[]).unwrap(), Pushed::Sent);
-        let sent = proxy.up() as f64 / size as f64;
+        let at = size * percent / 100;
+        // In the middle of a chunk, of which the registry keeps what it got.
+        let (server, got) = keeps_uploads();
+        let sent = push_through(&Proxy::start(&server.address, Cut::Byte(at)), "x", 16 << 20);
         assert!(sent < 1.1, "cut at {percent} %: {sent} times the bytes");
-        let direct = registry.reference(&format!("cut{percent}"));
-        let there = registry.client().blob(&direct, Digest::of(&blob), size).unwrap();
-        assert!(read(there).unwrap() == blob);
+        assert!(*got.lock().unwrap() == blob);
+
+        // Between chunks of docker-registry. It gives up an upload that has a part of a chunk.
+        for (cut, most) in [(Cut::Patch(at), 1.1), (Cut::Byte(at), 1.1 + percent as f64 / 100.0)] {
+            let sent = push_through(&Proxy::start(&registry.address, cut), &format!("x{percent}"), 2 << 20);
+            assert!(sent < most, "cut at {percent} %: {sent} times the bytes");
+            let name = registry.reference(&format!("x{percent}"));
+            assert!(read(registry.client().blob(&name, Digest::of(&blob), size).unwrap()).unwrap() == blob);
+            registry.forget(&name, Digest::of(&blob));
+        }
     }
 }
 

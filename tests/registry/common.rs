@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rehydrator::digest::Digest;
 use rehydrator::http::Retry;
 use rehydrator::registry::{Client, Options, Reference};
 use tempfile::TempDir;
@@ -125,9 +126,10 @@ impl Registry {
         path
     }
 
-    /// Where it keeps things.
-    pub fn data(&self) -> PathBuf {
-        self.dir.join("data")
+    /// Makes it forget a blob of a repository.
+    pub fn forget(&self, name: &Reference, digest: Digest) {
+        let url = format!("http://{}/v2/{}/blobs/{}", self.address, name.repository(), digest.oci());
+        run(&["curl", "-sSf", "-X", "DELETE", &url]);
     }
 
     pub fn reference(&self, rest: &str) -> Reference {

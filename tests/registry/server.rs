@@ -105,7 +105,8 @@ fn serve(stream: TcpStream, log: &Mutex<Vec<Request>>, answer: &dyn Fn(&Request)
     }
     let mut request = Request { method, path, headers, body: Vec::new() };
     let length: u64 = request.header("content-length").map_or(0, |l| l.parse().unwrap());
-    reader.take(length).read_to_end(&mut request.body).ok()?;
+    // What came before the connection broke is part of the story.
+    let _ = reader.take(length).read_to_end(&mut request.body);
     let reply = if request.path == "/v2/" { Reply::new(200, "") } else { answer(&request) };
     log.lock().unwrap().push(request.clone());
     let mut stream = stream;
@@ -129,7 +130,17 @@ fn serve(stream: TcpStream, log: &Mutex<Vec<Request>>, answer: &dyn Fn(&Request)
     stream.shutdown(Shutdown::Both).ok()
 }
 
-/// Passes connections on to `target`, and cuts the one that brings the byte `at` on its way there, once.
+/// When a proxy cuts a connection, once.
+#[derive(Clone, Copy)]
+pub enum Cut {
+    Never,
+    /// With this byte on its way to the target.
+    Byte(u64),
+    /// With the first PATCH after this byte, of which nothing arrives.
+    Patch(u64),
+}
+
+/// Passes connections on to a target, counts bytes, and cuts a connection.
 pub struct Proxy {
     pub address: String,
     up: Arc<AtomicU64>,
@@ -137,20 +148,22 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub fn start(target: &str, at: Option<u64>) -> Self {
+    pub fn start(target: &str, cut: Cut) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (up, down) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let (target, counts) = (target.to_owned(), (up.clone(), down.clone()));
+        let done = Arc::new(Mutex::new(cut));
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
                 let Ok(server) = TcpStream::connect(&target) else { continue };
-                for (from, to, count, at) in
-                    [(&client, &server, counts.0.clone(), at), (&server, &client, counts.1.clone(), None)]
-                {
+                for (from, to, count, cut) in [
+                    (&client, &server, counts.0.clone(), Some(done.clone())),
+                    (&server, &client, counts.1.clone(), None),
+                ] {
                     let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    std::thread::spawn(move || pass(from, to, &count, at));
+                    std::thread::spawn(move || pass(from, to, &count, cut.as_deref()));
                 }
             }
         });
@@ -168,13 +181,22 @@ impl Proxy {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, at: Option<u64>) {
+fn pass(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, cut: Option<&Mutex<Cut>>) {
     let mut buf = vec![0; 16 << 10];
     while let Ok(n @ 1..) = from.read(&mut buf) {
         let before = count.fetch_add(n as u64, Ordering::Relaxed);
-        if at.is_some_and(|at| (before..before + n as u64).contains(&at)) {
-            let _ = from.shutdown(Shutdown::Both);
-            break;
+        if let Some(cut) = cut {
+            let mut cut = cut.lock().unwrap();
+            let now = match *cut {
+                Cut::Never => false,
+                Cut::Byte(at) => before + n as u64 > at,
+                Cut::Patch(at) => before > at && buf.starts_with(b"PATCH "),
+            };
+            if now {
+                *cut = Cut::Never;
+                let _ = from.shutdown(Shutdown::Both);
+                break;
+            }
         }
         if to.write_all(&buf[..n]).is_err() {
             break;

@@ -1,0 +1,250 @@
+//! Signatures of images: what is signed, and where it is kept.
+//!
+//! What is signed is a small JSON document that names the image and the digest of its manifest, or of the index of its
+//! manifests; that names all layers by digest, and so everything in the image. It is kept
+//!
+//! * as an OpenPGP message, in a *lookaside* tree, `REPOSITORY@sha256=HEX/signature-1`
+//!   ([simple signing](https://github.com/containers/image/blob/main/docs/containers-signature.5.md)), which podman and
+//!   skopeo find through `registries.d`, and which any web server can serve;
+//! * with a signature of a plain key beside it, as an image of its own that is tagged `sha256-HEX.sig` in the same
+//!   repository or layout, as [cosign](https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md) does.
+//!
+//! The same image, name and key make the same cosign signature; an OpenPGP signature says when it was made.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use oci_spec::image::{Descriptor, ImageManifest, ImageManifestBuilder, MediaType, SCHEMA_VERSION};
+use serde_json::{Value, json};
+
+use super::cosign::{PrivateKey, PublicKey};
+use super::layout::{Staging, to_json};
+use super::read::Image;
+use crate::digest::Digest;
+use crate::http::{Http, HttpError, Retry};
+use crate::io::read_limited;
+use crate::openpgp::{Keys, MAX_SIGNATURE, Signer};
+use crate::registry::Reference;
+
+/// The media type of what cosign signs.
+const PAYLOAD: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+
+/// The annotation that holds cosign's signature.
+const ANNOTATION_SIGNATURE: &str = "dev.cosignproject.cosign/signature";
+
+/// What the document says it is, in an OpenPGP message and with cosign.
+const TYPES: [&str; 2] = ["atomic container signature", "cosign container image signature"];
+
+/// The most signatures of one image that are looked at.
+const MAX_SIGNATURES: usize = 128;
+
+/// The longest document of a signature, in bytes.
+const MAX_PAYLOAD: u64 = 64 << 10;
+
+/// What signs an image.
+#[derive(Default)]
+pub struct Signing {
+    /// Makes a simple-signing signature.
+    pub openpgp: Option<Signer>,
+    /// Makes a cosign signature.
+    pub cosign: Option<PrivateKey>,
+    /// The name that the signature gives the image, where that is not the one it is pushed to.
+    pub identity: Option<Reference>,
+    /// The root of the lookaside tree.
+    pub lookaside: PathBuf,
+}
+
+/// What an image must be signed with.
+#[derive(Default)]
+pub struct Policy {
+    /// One of these OpenPGP keys, where there are any.
+    pub keys: Keys,
+    /// This key, where there is one.
+    pub cosign: Option<PublicKey>,
+    /// The root of the lookaside tree: a directory, or a URL.
+    pub lookaside: String,
+    /// The name that the signature gives the image, where that is not the one it is read by.
+    pub identity: Option<Reference>,
+}
+
+impl Signing {
+    /// Whether there is nothing to sign with.
+    pub fn is_empty(&self) -> bool {
+        self.openpgp.is_none() && self.cosign.is_none()
+    }
+}
+
+/// The document that names an image and its digest.
+fn payload(kind: &str, identity: &Reference, digest: Digest) -> Result<Vec<u8>> {
+    to_json(&json!({
+        "critical": {
+            "identity": { "docker-reference": identity.to_string() },
+            "image": { "docker-manifest-digest": digest.oci() },
+            "type": kind,
+        },
+        "optional": { "creator": concat!("rehydrator ", env!("CARGO_PKG_VERSION")) },
+    }))
+}
+
+/// Checks that a document, whose signature is good, is about this image: the same digest, and the same name. Where the
+/// image is read by digest, the repository must be the same.
+fn check(payload: &[u8], kind: &str, identity: Option<&Reference>, digest: Digest) -> Result<()> {
+    let payload: Value = serde_json::from_slice(payload).context("not JSON")?;
+    let critical = &payload["critical"];
+    ensure!(critical["type"] == kind, "type {}: expected {kind:?}", critical["type"]);
+    let signed = &critical["image"]["docker-manifest-digest"];
+    ensure!(*signed == digest.oci(), "it is of {signed}, not of {}", digest.oci());
+    if let Some(identity) = identity {
+        let signed = critical["identity"]["docker-reference"].as_str().unwrap_or_default();
+        let same = signed.parse::<Reference>().is_ok_and(|signed| {
+            signed.name() == identity.name() && (identity.tag().is_none() || signed.tag() == identity.tag())
+        });
+        ensure!(same, "it is of {signed:?}, not of {identity}");
+    }
+    Ok(())
+}
+
+/// The tag of the image that holds the cosign signatures of an image.
+pub fn cosign_tag(digest: Digest) -> String {
+    format!("sha256-{digest}.sig")
+}
+
+/// Where the simple-signing signatures of an image are, from the root of a lookaside tree.
+fn lookaside_path(name: &Reference, digest: Digest, number: usize) -> String {
+    format!("{}@sha256={digest}/signature-{number}", name.repository())
+}
+
+/// Signs the image `digest`, and writes the signature into the lookaside tree. Returns where it is.
+pub fn simple_sign(signing: &Signing, identity: &Reference, digest: Digest) -> Result<Option<PathBuf>> {
+    let Some(signer) = &signing.openpgp else { return Ok(None) };
+    let signature = signer.sign(&payload(TYPES[0], identity, digest)?)?;
+    for number in 1..=MAX_SIGNATURES {
+        let path = signing.lookaside.join(lookaside_path(identity, digest, number));
+        // Signatures of others, and earlier ones, stay.
+        if !path.exists() {
+            let at = || path.display().to_string();
+            let dir = path.parent().unwrap_or(Path::new("."));
+            fs::create_dir_all(dir).with_context(at)?;
+            crate::workdir::write_file(&path, &signature)?;
+            return Ok(Some(path));
+        }
+    }
+    bail!("{}: more than {MAX_SIGNATURES} signatures", signing.lookaside.display())
+}
+
+/// Signs the image `digest` with a plain key, and adds the image that holds the signature to `staging`, as well as its
+/// configuration and layers. `earlier` is such an image that has the tag now.
+pub fn cosign(
+    key: &PrivateKey,
+    identity: &Reference,
+    digest: Digest,
+    staging: &Staging,
+    earlier: Option<ImageManifest>,
+) -> Result<(Descriptor, Vec<Descriptor>)> {
+    let payload = payload(TYPES[1], identity, digest)?;
+    let signature = key.sign(&payload);
+    let (mut layer, ()) =
+        staging.blob(MediaType::Other(PAYLOAD.into()), |out| Ok(out.write_all(&payload)?))?;
+    layer.set_annotations(Some(HashMap::from([(ANNOTATION_SIGNATURE.to_string(), signature)])));
+    let mut layers = earlier.map(|image| image.layers().clone()).unwrap_or_default();
+    layers.retain(|other| other != &layer);
+    layers.push(layer.clone());
+    let diff_ids: Vec<_> = layers.iter().map(|layer| layer.digest().to_string()).collect();
+    // As cosign writes it: an image of nothing.
+    let never = "0001-01-01T00:00:00Z";
+    let config = staging.document(
+        MediaType::ImageConfig,
+        &json!({ "architecture": "", "config": {}, "created": never, "history": [{ "created": never }],
+            "os": "", "rootfs": { "type": "layers", "diff_ids": diff_ids } }),
+    )?;
+    let manifest = ImageManifestBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageManifest)
+        .config(config.clone())
+        .layers(layers)
+        .build()?;
+    let manifest = staging.document(MediaType::ImageManifest, &manifest)?;
+    Ok((manifest, vec![config, layer]))
+}
+
+impl Policy {
+    /// Whether nothing is demanded.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.cosign.is_none()
+    }
+
+    /// Checks the signatures of `image`.
+    pub fn check(&self, image: &Image) -> Result<()> {
+        let digest = image.digest();
+        let at = || format!("{}: {}", image.name(), digest.oci());
+        let identity = self.identity.as_ref().or(image.reference());
+        if !self.keys.is_empty() {
+            self.simple(identity, digest).with_context(at)?;
+        }
+        if let Some(key) = &self.cosign {
+            cosigned(image, key, identity, digest).with_context(at)?;
+        }
+        Ok(())
+    }
+
+    /// Looks for a good signature in the lookaside tree.
+    fn simple(&self, identity: Option<&Reference>, digest: Digest) -> Result<()> {
+        let name = identity.context("no name to look for a signature by: --identity gives one")?;
+        let mut last = None;
+        for number in 1..=MAX_SIGNATURES {
+            let Some(signature) = self.fetch(&lookaside_path(name, digest, number))? else { break };
+            let good = self.keys.open(&signature).map_err(anyhow::Error::from);
+            match good.and_then(|payload| check(&payload, TYPES[0], Some(name), digest)) {
+                Ok(()) => return Ok(()),
+                Err(e) => last = Some(e.context(format!("signature {number}"))),
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            anyhow::anyhow!("no signature in {}/{}", self.lookaside, lookaside_path(name, digest, 1))
+        }))
+    }
+
+    fn fetch(&self, path: &str) -> Result<Option<Vec<u8>>> {
+        let root = self.lookaside.trim_end_matches('/');
+        if root.starts_with("http://") || root.starts_with("https://") {
+            let url = format!("{root}/{}", path.replace('@', "%40").replace('=', "%3D"));
+            return match Http::new(Retry::default())?.get(&url, MAX_SIGNATURE) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(HttpError::Status { .. }) => Ok(None),
+                Err(e) => Err(e.into()),
+            };
+        }
+        let path = Path::new(root.strip_prefix("file://").unwrap_or(root)).join(path);
+        match read_limited(&path, MAX_SIGNATURE) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).with_context(|| path.display().to_string()),
+        }
+    }
+}
+
+/// Looks for a good signature in the image of signatures of `image`.
+fn cosigned(image: &Image, key: &PublicKey, identity: Option<&Reference>, digest: Digest) -> Result<()> {
+    let tag = cosign_tag(digest);
+    let Some(signatures) = image.tagged(&tag)? else { bail!("no signature: there is no {tag}") };
+    let manifest: ImageManifest = serde_json::from_slice(&signatures.bytes).with_context(|| tag.clone())?;
+    let mut last = None;
+    for (number, layer) in manifest.layers().iter().enumerate().take(MAX_SIGNATURES) {
+        let signature = layer.annotations().as_ref().and_then(|a| a.get(ANNOTATION_SIGNATURE));
+        let Some(signature) = signature else { continue };
+        let good = || -> Result<()> {
+            ensure!(layer.size() <= MAX_PAYLOAD, "longer than {MAX_PAYLOAD} bytes");
+            let payload = image.document(layer)?;
+            ensure!(key.verify(&payload, signature), "not made with this key");
+            check(&payload, TYPES[1], identity, digest)
+        };
+        match good() {
+            Ok(()) => return Ok(()),
+            Err(e) => last = Some(e.context(format!("signature {}", number + 1))),
+        }
+    }
+    Err(last.unwrap_or_else(|| anyhow::anyhow!("no signature in {tag}")))
+}

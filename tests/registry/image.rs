@@ -1,0 +1,424 @@
+//! Images in registries: built into them, signed, read from them.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rehydrator::digest::Digest;
+use rehydrator::recipe::{Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier};
+use rehydrator::source::blob;
+use rehydrator::store::index_digest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::common::{PROGRAM, Registry, fails, noise, run, temp};
+use crate::server::{Cut, Proxy};
+
+fn blob_of(content: &[u8]) -> Blob {
+    Blob { sha256: Digest::of(content), size: content.len() as u64 }
+}
+
+fn zstd(plain: &[u8]) -> Vec<u8> {
+    let mut writer = blob::Writer::new(Vec::new(), 3);
+    writer.write_all(plain).unwrap();
+    writer.finish().unwrap()
+}
+
+/// A librsync delta: all of a base of `len` bytes, then `more`.
+fn delta(len: u32, more: &[u8]) -> Vec<u8> {
+    let copy = [&[0x72, 0x73, 0x02, 0x36, 0x4f][..], &[0; 4], &len.to_be_bytes()].concat();
+    [&copy[..], &[0x43], &(more.len() as u32).to_be_bytes(), more, &[0]].concat()
+}
+
+/// A release: a live rootfs, a disk that is a delta over it, and one that is its own.
+struct Release {
+    tmp: TempDir,
+    rootfs: Vec<u8>,
+    openstack: Vec<u8>,
+    /// Bytes of the blobs that the disk needs.
+    openstack_blobs: u64,
+}
+
+impl Release {
+    fn new() -> Self {
+        let tmp = temp();
+        let rootfs = noise(10, 6_000_000);
+        let openstack = [&rootfs[..], &noise(11, 3000)].concat();
+        let qemu = noise(12, 5_000_000);
+        let delta = zstd(&delta(rootfs.len() as u32, &openstack[rootfs.len()..]));
+        let stored = zstd(&qemu);
+        let stream = br#"{"stream":"stable","architectures":{"x86_64":{"artifacts":{
+            "metal":{"release":"44.1"},"openstack":{"release":"44.1"},"qemu":{"release":"44.1"}}}}}"#;
+        let artifact = |platform: &str, format: &str, file: &str, source, output: &[u8]| {
+            let name = format!("coreos-{platform}-{file}.{format}");
+            Artifact {
+                arch: "x86_64".into(),
+                platform: platform.into(),
+                format: format.into(),
+                file: file.into(),
+                published: NamedFile { name: format!("{name}.xz"), blob: blob_of(b"published") },
+                output: NamedFile { name, blob: blob_of(output) },
+                tier: Tier::Uncompressed,
+                source,
+                map: None,
+                signature: None,
+                stored: 0,
+            }
+        };
+        let index = Index {
+            format_version: FORMAT_VERSION,
+            generator: "tests/registry".into(),
+            stream: StreamFile { name: "stable".into(), blob: blob_of(stream) },
+            artifacts: vec![
+                artifact("metal", "pxe", "rootfs", 0, &rootfs),
+                artifact("openstack", "qcow2", "disk", 1, &openstack),
+                artifact("qemu", "qcow2", "disk", 2, &qemu),
+            ],
+            unhandled: Vec::new(),
+            sources: vec![
+                SourceSpec::Stored { blob: blob_of(&rootfs) },
+                SourceSpec::Delta {
+                    blob: blob_of(&delta),
+                    plain_size: openstack.len() as u64,
+                    base: vec![0],
+                },
+                SourceSpec::Zstd { blob: blob_of(&stored), plain_size: qemu.len() as u64 },
+            ],
+        };
+        let dir = tmp.path().join("dehydrated");
+        fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
+        fs::write(dir.join("stream.json"), stream).unwrap();
+        fs::write(dir.join("index.json"), index.to_json()).unwrap();
+        fs::write(dir.join("index.json.sha256"), index_digest(&index.to_json())).unwrap();
+        let openstack_blobs = (rootfs.len() + delta.len()) as u64;
+        for blob in [&rootfs, &delta, &stored] {
+            fs::write(dir.join(format!("blobs/sha256/{}", Digest::of(blob))), blob).unwrap();
+        }
+        Self { tmp, rootfs, openstack, openstack_blobs }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.tmp.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// `build image`; gives the digest.
+    fn build(&self, output: &str, options: &[&str]) -> String {
+        let dir = self.text("");
+        let command = [PROGRAM, "build", "image", "--workdir", &dir, "-o", output];
+        run(&[&command[..], options].concat()).split(' ').next().unwrap().to_owned()
+    }
+
+    /// Runs this program with the given stdout; a failure fails the test.
+    fn stdout(&self, args: &[&str]) -> Vec<u8> {
+        let output = Command::new(PROGRAM).args(args).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    }
+}
+
+fn refs(words: &[String]) -> Vec<&str> {
+    words.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn straight_into_a_registry_and_out_of_it() {
+    let release = Release::new();
+    let registry = Registry::secure(release.tmp.path());
+    let there = format!("docker://{}/coreos/stable:1", registry.address);
+    let flags = registry.flags("");
+    let digest = release.build(&there, &refs(&flags));
+    assert_eq!(digest, release.build(&format!("oci:{}", release.text("layout")), &[]));
+    // The second time everything is there.
+    assert_eq!(digest, release.build(&there, &refs(&flags)));
+    assert!(
+        !fs::read_dir(release.tmp.path())
+            .unwrap()
+            .any(|e| { e.unwrap().file_name().to_str().unwrap().starts_with(".rehydrator-") })
+    );
+    let skopeo = [&["skopeo", "inspect"][..], &refs(&flags), &[&there]].concat();
+    let inspect: Value = serde_json::from_str(&run(&skopeo)).unwrap();
+    assert_eq!(inspect["Digest"], digest);
+
+    // Copies of it, as an administrator makes them.
+    let from = registry.flags("src-");
+    let copies = ["oci:copy:a", "oci-archive:copy.tar:b", "dir:copy-dir"].map(|copy| {
+        let (transport, path) = copy.split_once(':').unwrap();
+        format!("{transport}:{}", release.text(path))
+    });
+    for copy in &copies {
+        let command = ["skopeo", "copy", "--preserve-digests", &from[0], &from[1], &there, copy];
+        run(&command);
+    }
+    for place in copies.iter().chain([&there]) {
+        let args = |command: &[&str]| -> Vec<String> {
+            let all = command.iter().map(|s| s.to_string());
+            all.chain(["--from".into(), place.clone()]).chain(flags.iter().cloned()).collect()
+        };
+        let disk = release.stdout(&refs(&args(&["rehydrate", "-", "--disk=openstack"])));
+        assert!(disk == release.openstack, "{place}");
+        let stream = release.stdout(&refs(&args(&["print-stream-json"])));
+        assert_eq!(stream, fs::read(release.path("dehydrated/stream.json")).unwrap());
+        let list: Value = serde_json::from_slice(&release.stdout(&refs(&args(&["list", "--json"])))).unwrap();
+        assert!(list.to_string().contains("coreos-qemu-disk.qcow2"), "{list}");
+        run(&refs(&[&[PROGRAM.to_string(), "verify".into()], &flags[..], &[place.clone()]].concat()));
+        run(&refs(&[&[PROGRAM.to_string()][..], &args(&["verify", "--rehydrate"])].concat()));
+    }
+}
+
+#[test]
+fn only_what_is_needed_is_fetched() {
+    let release = Release::new();
+    let registry = Registry::plain(release.tmp.path());
+    release.build(&format!("docker://{}/x:1", registry.address), &["--tls-verify=false"]);
+    let needs = [
+        ("--disk=openstack", release.openstack_blobs, &release.openstack),
+        ("--pxe", release.rootfs.len() as u64, &release.rootfs),
+    ];
+    for (which, needed, expected) in needs {
+        let proxy = Proxy::start(&registry.address, Cut::Never);
+        let from = format!("docker://{}/x:1", proxy.address);
+        let out = release.stdout(&["rehydrate", "-", which, "--from", &from, "--tls-verify=false"]);
+        assert!(out == *expected);
+        let fetched = proxy.down() as f64 / needed as f64;
+        assert!(fetched <= 1.02, "{which}: {fetched} times the bytes it needs");
+    }
+    let proxy = Proxy::start(&registry.address, Cut::Never);
+    let from = format!("docker://{}/x:1", proxy.address);
+    release.stdout(&["list", "--from", &from, "--tls-verify=false"]);
+    assert!(proxy.down() < 50_000, "{}", proxy.down());
+}
+
+#[test]
+fn damage_is_found_wherever_it_is() {
+    let release = Release::new();
+    let layout = format!("oci:{}", release.text("layout"));
+    release.build(&layout, &[]);
+    run(&[PROGRAM, "verify", &layout]);
+    let manifest: Value = serde_json::from_str(&run(&["skopeo", "inspect", "--raw", &layout])).unwrap();
+    for (number, layer) in manifest["layers"].as_array().unwrap().iter().enumerate() {
+        let digest = layer["digest"].as_str().unwrap();
+        let path = release.path("layout/blobs/sha256").join(digest.strip_prefix("sha256:").unwrap());
+        let good = fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        // In the padding at the end, where only the digest of the layer sees it.
+        *bad.last_mut().unwrap() ^= 1;
+        fs::write(&path, &bad).unwrap();
+        let e = fails(&[PROGRAM, "verify", &layout]);
+        assert!(e.contains(&format!("layer {digest}: sha256 mismatch")), "layer {number}: {e}");
+        fs::write(&path, &good).unwrap();
+    }
+    // A blob that an artifact needs.
+    let rootfs = Digest::of(&release.rootfs);
+    let layers = manifest["layers"].as_array().unwrap().iter();
+    let layer = layers
+        .filter_map(|l| Some((l["digest"].as_str()?, l["annotations"]["dev.rehydrator.files"].as_str()?)))
+        .find(|(_, files)| files.contains(&rootfs.to_string()))
+        .unwrap();
+    let path = release.path("layout/blobs/sha256").join(&layer.0[7..]);
+    let mut bad = fs::read(&path).unwrap();
+    bad[100_000] ^= 1;
+    fs::write(&path, &bad).unwrap();
+    let e = fails(&[PROGRAM, "rehydrate", &release.text("out"), "--pxe", "--from", &layout]);
+    assert!(e.contains(&format!("sha256 mismatch: expected {rootfs}, got ")), "{e}");
+    assert_eq!(fs::read_dir(release.path("out")).unwrap().count(), 0);
+
+    // An image whose layers were compressed on the way has nothing to go by.
+    let copy = format!("dir:{}", release.text("copy"));
+    release.build(&format!("oci:{}", release.text("again")), &[]);
+    run(&["skopeo", "copy", "--dest-compress", &format!("oci:{}", release.text("again")), &copy]);
+    let e = fails(&[PROGRAM, "list", "--from", &copy]);
+    assert!(e.contains("--preserve-digests"), "{e}");
+}
+
+/// skopeo of Debian 13.
+fn skopeo() -> Vec<String> {
+    vec![concat!(env!("CARGO_MANIFEST_DIR"), "/ci/trixie").into(), "exec".into(), "skopeo".into()]
+}
+
+struct SigningKeys {
+    gpg: TempDir,
+    fingerprint: String,
+}
+
+impl SigningKeys {
+    /// An OpenPGP key in `secret.asc` and `public.asc`, a key of skopeo's in `cosign.private` and `cosign.pub`, the
+    /// passphrase of both in `passphrase`.
+    fn make(dir: &Path) -> Self {
+        let gpg = tempfile::Builder::new().prefix("gpg").tempdir().unwrap();
+        let home = gpg.path().to_str().unwrap();
+        fs::write(dir.join("passphrase"), "correct horse\n").unwrap();
+        let common = ["gpg", "--batch", "--quiet", "--no-permission-warning", "--homedir", home];
+        let secret = ["--pinentry-mode", "loopback", "--passphrase", "correct horse"];
+        let common = [&common[..], &secret].concat();
+        run(&[&common[..], &["--quick-generate-key", "signer", "ed25519", "sign", "never"]].concat());
+        let list = run(&[&common[..], &["--with-colons", "--list-keys"]].concat());
+        let fingerprint = list.lines().find_map(|l| l.strip_prefix("fpr:")).unwrap().trim_matches(':');
+        fs::write(dir.join("public.asc"), run(&[&common[..], &["--armor", "--export"]].concat())).unwrap();
+        let exported = run(&[&common[..], &["--armor", "--export-secret-keys"]].concat());
+        fs::write(dir.join("secret.asc"), exported).unwrap();
+        let at = |name: &str| dir.join(name).display().to_string();
+        let (prefix, file) = (at("cosign"), at("passphrase"));
+        let generate = ["generate-sigstore-key", "--output-prefix", &prefix, "--passphrase-file", &file];
+        run(&[&refs(&skopeo())[..], &generate].concat());
+        Self { fingerprint: fingerprint.to_owned(), gpg }
+    }
+}
+
+impl Drop for SigningKeys {
+    fn drop(&mut self) {
+        let home = self.gpg.path();
+        let _ = Command::new("gpgconf").arg("--homedir").arg(home).args(["--kill", "gpg-agent"]).status();
+    }
+}
+
+#[test]
+fn signed_and_believed_by_skopeo() {
+    let release = Release::new();
+    let keys = SigningKeys::make(release.tmp.path());
+    let registry = Registry::plain(release.tmp.path());
+    let name = format!("{}/coreos/stable:44", registry.address);
+    let there = format!("docker://{name}");
+    let (secret, cosign) = (release.text("secret.asc"), release.text("cosign.private"));
+    let sign = ["--sign-key", &secret, "--cosign-key", &cosign, "--tls-verify=false"];
+    let passphrase = release.text("passphrase");
+    let file = ["--sign-passphrase-file", passphrase.as_str()];
+    let digest = release.build(&there, &[&sign[..], &file].concat());
+    let hex = digest.strip_prefix("sha256:").unwrap();
+    let signature = release.text(&format!("sigstore/coreos/stable@sha256={hex}/signature-1"));
+
+    // The signature itself, by the host's skopeo.
+    let manifest = release.text("manifest.json");
+    let raw = run(&["skopeo", "inspect", "--raw", "--tls-verify=false", &there]);
+    fs::write(&manifest, &raw).unwrap();
+    let standalone = |manifest: &str, reference: &str| {
+        let mut command = Command::new("skopeo");
+        command.env("GNUPGHOME", keys.gpg.path()).arg("standalone-verify");
+        command.args([manifest, reference, &keys.fingerprint, &signature]).output().unwrap()
+    };
+    let good = standalone(&manifest, &name);
+    assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
+    assert!(!standalone(&manifest, &name.replace("44", "45")).status.success());
+    let changed = release.text("changed.json");
+    fs::write(&changed, raw.replacen("stable", "stablE", 1)).unwrap();
+    assert!(!standalone(&changed, &name).status.success());
+
+    // A policy that demands both, by the skopeo of Debian 13.
+    let policy = |key: &str, cosign: &str| {
+        let demands = json!([
+            { "type": "signedBy", "keyType": "GPGKeys", "keyPath": release.text(key) },
+            { "type": "sigstoreSigned", "keyPath": release.text(cosign) },
+        ]);
+        let policy = json!({ "default": [{ "type": "reject" }],
+            "transports": { "docker": { registry.address.clone(): demands } } });
+        fs::write(release.path("policy.json"), policy.to_string()).unwrap();
+    };
+    fs::create_dir(release.path("registries.d")).unwrap();
+    let lookaside = format!(
+        "docker:\n  {}:\n    lookaside: file://{}\n    use-sigstore-attachments: true\n",
+        registry.address,
+        release.text("sigstore")
+    );
+    fs::write(release.path("registries.d/test.yaml"), lookaside).unwrap();
+    let (policy_file, registries) = (release.text("policy.json"), release.text("registries.d"));
+    let copy = |from: &str, to: &str| -> Vec<String> {
+        let to = format!("dir:{}", release.text(to));
+        let options =
+            ["--policy", &policy_file, "--registries.d", &registries, "copy", "--src-tls-verify=false"];
+        let all = options.into_iter().chain([from, to.as_str()]).map(str::to_owned);
+        skopeo().into_iter().chain(all).collect()
+    };
+    policy("public.asc", "cosign.pub");
+    run(&refs(&copy(&there, "trusted")));
+
+    // Ourselves.
+    let (public, cosign_pub) = (release.text("public.asc"), release.text("cosign.pub"));
+    let sigstore = release.text("sigstore");
+    let verify = |place: &str| {
+        let words =
+            [PROGRAM, "verify", place, "--tls-verify=false", "--key", &public, "--cosign-key", &cosign_pub];
+        words.into_iter().chain(["--lookaside", &sigstore]).map(str::to_owned).collect::<Vec<_>>()
+    };
+    run(&refs(&verify(&there)));
+
+    // The same image signed again has the same cosign signature, and one more of OpenPGP.
+    assert_eq!(release.build(&there, &[&sign[..], &file].concat()), digest);
+    let tag = there.replace(":44", &format!(":sha256-{hex}.sig"));
+    let signatures: Value =
+        serde_json::from_str(&run(&["skopeo", "inspect", "--raw", "--tls-verify=false", &tag])).unwrap();
+    assert_eq!(signatures["layers"].as_array().unwrap().len(), 1);
+    assert!(Path::new(&signature.replace("signature-1", "signature-2")).exists());
+
+    // Another name, and an image that nobody signed.
+    let other = there.replace(":44", ":45");
+    let retag = ["skopeo", "copy", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
+    run(&[&retag[..], &[&there, &other]].concat());
+    let e = fails(&refs(&verify(&other)));
+    assert!(e.contains("it is of ") && e.contains("stable:44"), "{e}");
+    fails(&refs(&copy(&other, "other")));
+    let unsigned = format!("docker://{}/coreos/unsigned:44", registry.address);
+    release.build(&unsigned, &["--tls-verify=false"]);
+    let e = fails(&refs(&verify(&unsigned)));
+    assert!(e.contains("no signature in "), "{e}");
+    fails(&refs(&copy(&unsigned, "unsigned")));
+    let rehydrate = [PROGRAM, "rehydrate", "-", "--pxe", "--tls-verify=false", "--cosign-key", &cosign_pub];
+    let e = fails(&[&rehydrate[..], &["--from", &unsigned]].concat());
+    assert!(e.contains("no signature: there is no sha256-"), "{e}");
+
+    // Other keys.
+    fs::create_dir(release.path("others")).unwrap();
+    let others = SigningKeys::make(&release.path("others"));
+    for (key, cosign) in [("others/public.asc", "cosign.pub"), ("public.asc", "others/cosign.pub")] {
+        policy(key, cosign);
+        fails(&refs(&copy(&there, "wrong")));
+        let (key, cosign) = (release.text(key), release.text(cosign));
+        let command = [PROGRAM, "verify", &there, "--tls-verify=false", "--lookaside", &sigstore];
+        let e = fails(&[&command[..], &["--key", &key, "--cosign-key", &cosign]].concat());
+        assert!(e.contains("signed by an unknown key") || e.contains("not made with this key"), "{e}");
+    }
+    drop(others);
+
+    // A layout takes the cosign signature along, and the OpenPGP one stays beside.
+    let tagged = format!("oci:{}:{name}", release.text("layout"));
+    assert_eq!(release.build(&tagged, &[&sign[..], &file].concat()), digest);
+    let identity = ["--identity", name.as_str()];
+    run(&[&refs(&verify(&tagged))[..], &identity].concat());
+    let e = fails(&refs(&verify(&tagged)));
+    assert!(e.contains("--identity gives one"), "{e}");
+    let nameless = format!("oci:{}", release.text("nameless"));
+    let build = [PROGRAM, "build", "image", "--workdir", &release.text(""), "-o", &nameless];
+    let e = fails(&[&build[..], &sign, &file].concat());
+    assert!(e.contains("--sign-identity says how"), "{e}");
+
+    // The passphrase.
+    fs::write(&passphrase, "wrong\n").unwrap();
+    for (key, message) in [(&sign[..2], "the passphrase is wrong"), (&sign[2..4], "the passphrase is wrong")]
+    {
+        let e = fails(&[&build[..], key, &file].concat());
+        assert!(e.contains(message), "{e}");
+        let e = fails(&[&build[..], key].concat());
+        assert!(e.contains("it is encrypted, and no passphrase is given"), "{e}");
+    }
+}
+
+#[test]
+fn keys_of_openssl() {
+    let release = Release::new();
+    let (sec1, pkcs8, public) = (release.text("sec1"), release.text("pkcs8"), release.text("public"));
+    run(&["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-out", &sec1]);
+    run(&["openssl", "pkcs8", "-topk8", "-nocrypt", "-in", &sec1, "-out", &pkcs8]);
+    run(&["openssl", "ec", "-in", &sec1, "-pubout", "-out", &public]);
+    for key in [&sec1, &pkcs8] {
+        let layout = format!("oci:{}-layout:quay.io/x/y:z", key);
+        release.build(&layout, &["--cosign-key", key]);
+        let verify = [PROGRAM, "verify", &layout, "--cosign-key", &public];
+        run(&verify);
+        run(&[&verify[..], &["--identity", "quay.io/x/y:z"]].concat());
+        let e = fails(&[&verify[..], &["--identity", "quay.io/x/other:z"]].concat());
+        assert!(e.contains("not of quay.io/x/other:z"), "{e}");
+    }
+}
