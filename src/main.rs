@@ -12,6 +12,7 @@ use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::progress::Progress;
+use rehydrator::recipe::Tier;
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
@@ -68,10 +69,15 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Rehydrate(args) => {
             drop(out);
             let dest = if args.dest == "-" { Dest::Stdout } else { Dest::Dir(args.dest.into()) };
+            let (form, memory) = match args.published {
+                true => (Tier::Published, memory::available() / 2),
+                false => (Tier::Uncompressed, quarter()),
+            };
             let options = rehydrate::Options {
-                memory: args.memory.unwrap_or_else(quarter),
+                memory: args.memory.unwrap_or(memory),
                 validate: !args.skip_validate,
                 force: args.force,
+                form,
             };
             rehydrate(&args.data.data, &args.which, &dest, &options, progress)
         }
@@ -79,7 +85,8 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::List(args) => report::list(&Store::open(&args.data.data)?.index, args.json, &mut out),
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
-            let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
+            let form = Tier::Uncompressed;
+            let options = rehydrate::Options { memory: quarter(), validate: true, force: false, form };
             verify(&args.data.data, args.rehydrate.then_some(&options), progress)
         }
         Command::Completions { shell } => {
@@ -123,6 +130,8 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             arch: args.arch,
             profile: args.profile,
             allow_unhandled: args.allow_unhandled,
+            require: args.require,
+            published: !args.skip_published,
             memory: args.memory.unwrap_or_else(|| memory::available() / 2),
         };
         let index = dehydrate(workdir, &options, progress)?;

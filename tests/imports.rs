@@ -29,6 +29,7 @@ const ORDER: &[&str] = &[
     "rehydrate",
     "extract",
     "verify",
+    "proof",
     "dehydrate",
     "report",
     "oci",
