@@ -8,6 +8,7 @@ use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
 use crate::oci::read::Origin;
 use crate::progress::Mode;
+use crate::recipe::Tier;
 use crate::registry::{self, Credentials, Reference};
 use crate::rehydrate::Which;
 
@@ -108,7 +109,7 @@ pub enum Build {
         #[command(flatten)]
         image: ImageArgs,
     },
-    /// Remove artifacts/ and dehydrated/
+    /// Remove artifacts/, dehydrated/ and proofs/
     Clean {
         #[command(flatten)]
         workdir: Workdir,
@@ -159,6 +160,12 @@ pub struct DehydrateArgs {
     /// Leave out artifacts that cannot be handled or are not there, instead of failing
     #[arg(long)]
     pub allow_unhandled: bool,
+    /// Fail when an artifact does not come back in this form
+    #[arg(long, value_enum, value_name = "TIER")]
+    pub require: Option<Tier>,
+    /// Do not find out how to make the published files again: faster, but they come back uncompressed only
+    #[arg(long, conflicts_with = "require")]
+    pub skip_published: bool,
     /// Memory to use at most, such as 2G [default: half of what the machine or the cgroup has]
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub memory: Option<u64>,
@@ -284,13 +291,18 @@ pub struct Rehydrate {
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub which: Which,
+    /// The files as published, compressed as upstream did, with their signatures beside them (in a directory or a tar
+    /// stream)
+    #[arg(long)]
+    pub published: bool,
     /// Do not check digests while writing
     #[arg(long)]
     pub skip_validate: bool,
     /// Replace files in the directory that differ
     #[arg(long)]
     pub force: bool,
-    /// Memory to use at most, such as 512M [default: a quarter of what the machine or the cgroup has, at least 256M]
+    /// Memory to use at most, such as 512M [default: a quarter of what the machine or the cgroup has, at least 256M; with
+    /// --published half of it]. Compressing again takes what one encoder needs, whatever is said here
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub memory: Option<u64>,
 }

@@ -8,7 +8,7 @@
 //! Before a delta goes over an artifact, what is compressed in it is unfolded. Every artifact is produced again from
 //! what was stored for it and compared with the digest the stream metadata names, before it gets into the index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,7 @@ use crate::fold::{self, Map};
 use crate::io::scratch_file;
 use crate::produce::{How, Parts, produce};
 use crate::progress::Progress;
+use crate::proof::Proofs;
 use crate::recipe::{
     Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled,
 };
@@ -52,6 +53,10 @@ pub struct Options {
     pub profile: Profile,
     /// Leave out what is not there, instead of failing.
     pub allow_unhandled: bool,
+    /// The form in which every artifact must come back.
+    pub require: Option<Tier>,
+    /// Whether to find out how published files are made again.
+    pub published: bool,
     /// Memory that may be used, in bytes.
     pub memory: u64,
     /// The longest form that is taken out of a compressed artifact, in bytes.
@@ -111,7 +116,8 @@ pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> R
     for &item in &present {
         by_arch.entry(&item.arch).or_default().push(item);
     }
-    let job = Job { dir: artifacts_dir, writer: &writer, options, progress };
+    let proofs = Proofs::new(workdir.proofs(), options.memory / 2, progress);
+    let job = Job { dir: artifacts_dir, writer: &writer, options, proofs, progress };
     let mut sources = Vec::new();
     let mut reduced = BTreeMap::new();
     for items in by_arch.values() {
@@ -143,6 +149,7 @@ struct Job<'a> {
     dir: PathBuf,
     writer: &'a Writer,
     options: &'a Options,
+    proofs: Proofs<'a>,
     progress: &'a Progress,
 }
 
@@ -167,6 +174,17 @@ struct Form {
     /// What comes out.
     output: NamedFile,
     bytes: Arc<dyn Source>,
+    published: Wrapped,
+}
+
+/// How the published file is made of the output.
+enum Wrapped {
+    /// It is the output.
+    Same,
+    /// By this map.
+    By(Map),
+    /// Not at all, and why.
+    Not(String),
 }
 
 /// An artifact, unfolded.
@@ -205,7 +223,13 @@ impl Job<'_> {
             parts_of_iso.push(Made { spec, plain: rootfs });
             done.insert(
                 &item.name,
-                self.artifact(item, NamedFile { name: item.name.clone(), blob }, spec, None, blob.size)?,
+                self.artifact(
+                    item,
+                    (NamedFile { name: item.name.clone(), blob }, Wrapped::Same),
+                    spec,
+                    None,
+                    blob.size,
+                )?,
             );
             if let Some(plain) = decoded {
                 let spec = push(specs, SourceSpec::Rootfs { image: spec, plain_size: plain.len() });
@@ -224,7 +248,7 @@ impl Job<'_> {
             let plain = self.open(item)?;
             let made = self.reduce(item, &plain, over_files.as_ref(), specs, &[])?;
             let bytes = plain.plain.clone();
-            let artifact = self.keep(item, plain.form.output, made, specs)?;
+            let artifact = self.keep(item, (plain.form.output, plain.form.published), made, specs)?;
             parts_of_iso.push(Made { spec: artifact.source, plain: bytes });
             done.insert(&item.name, artifact);
         }
@@ -234,7 +258,7 @@ impl Job<'_> {
             let over = over_files.as_ref().filter(|_| self.options.profile == Profile::Small);
             let made = self.reduce(item, &plain, over, specs, &[])?;
             let bytes = plain.plain.clone();
-            let artifact = self.keep(item, plain.form.output, made, specs)?;
+            let artifact = self.keep(item, (plain.form.output, plain.form.published), made, specs)?;
             base = Some(Made { spec: artifact.source, plain: bytes });
             done.insert(&item.name, artifact);
         }
@@ -280,7 +304,7 @@ impl Job<'_> {
                     while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let result = self.open(items[i]).and_then(|plain| {
                             let made = self.reduce(items[i], &plain, over.as_ref(), before, &parts)?;
-                            Ok((plain.form.output, made))
+                            Ok(((plain.form.output, plain.form.published), made))
                         });
                         if result.is_err() {
                             next.store(items.len(), Ordering::Relaxed);
@@ -346,18 +370,45 @@ impl Job<'_> {
             None => Form {
                 output: NamedFile { name: item.name.clone(), blob: Blob { sha256, size } },
                 bytes: Arc::new(source::File::new(file)?),
+                published: Wrapped::Same,
             },
             Some(sha256) => {
-                let peeled = fold::peel(file, &item.name, self.writer.scratch(), self.options.max_size)?;
+                let peeled =
+                    fold::peel(file.try_clone()?, &item.name, self.writer.scratch(), self.options.max_size)?;
+                let published = self.published(item, &file, &peeled)?;
                 // The name inside a zip, unless it is that of a pipe.
                 let member = peeled.member.filter(|name| name != "-" && check_file_name(name).is_ok());
                 let name = member.unwrap_or_else(|| item.output_name().to_string());
                 let blob = Blob { sha256, size: peeled.form.len() };
-                Form { output: NamedFile { name, blob }, bytes: peeled.form }
+                Form { output: NamedFile { name, blob }, bytes: peeled.form, published }
             }
         };
         let unfolded = fold::unfold(&form.bytes, self.writer.scratch())?;
         Ok(Plain { form, map: unfolded.map, plain: unfolded.plain })
+    }
+
+    /// Finds out how the published file is made of what was peeled out of it.
+    fn published(&self, item: &Item, file: &File, peeled: &fold::Peeled) -> Result<Wrapped> {
+        if peeled.compression == fold::Compression::None {
+            return Ok(Wrapped::Same);
+        }
+        if !self.options.published {
+            return Ok(Wrapped::Not("not tried, as was asked for".into()));
+        }
+        match self.proofs.find(item, file, peeled)? {
+            Ok(map) => Ok(Wrapped::By(map)),
+            Err(reason) => {
+                ensure!(
+                    self.options.require != Some(Tier::Published),
+                    "it does not come back as published: {reason}"
+                );
+                tracing::warn!(
+                    "artifact {}: comes back uncompressed, but not as published: {reason}",
+                    item.label()
+                );
+                Ok(Wrapped::Not(reason))
+            }
+        }
     }
 
     /// Stores what makes `plain`, and proves that it does. `specs` are the sources so far, `known` those of them whose
@@ -404,12 +455,13 @@ impl Job<'_> {
                 SourceSpec::Zstd { blob: self.writer.keep(out.finish()?)?, plain_size }
             }
         };
-        let map = map.map(|map| -> Result<Blob> {
-            let mut out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
-            io::Write::write_all(&mut out, &map.to_bytes())?;
-            self.writer.keep(out.finish()?)
-        });
-        Ok(Reduced { spec, map: map.transpose()? })
+        Ok(Reduced { spec, map: map.map(|map| self.store_map(map)).transpose()? })
+    }
+
+    fn store_map(&self, map: &Map) -> Result<Blob> {
+        let mut out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
+        io::Write::write_all(&mut out, &map.to_bytes())?;
+        self.writer.keep(out.finish()?)
     }
 
     /// Produces an artifact from what was stored for it.
@@ -442,7 +494,7 @@ impl Job<'_> {
     fn keep(
         &self,
         item: &Item,
-        output: NamedFile,
+        output: (NamedFile, Wrapped),
         reduced: Reduced,
         specs: &mut Vec<SourceSpec>,
     ) -> Result<Artifact> {
@@ -454,7 +506,7 @@ impl Job<'_> {
     fn artifact(
         &self,
         item: &Item,
-        output: NamedFile,
+        (output, published): (NamedFile, Wrapped),
         source: usize,
         map: Option<Blob>,
         stored: u64,
@@ -465,18 +517,30 @@ impl Job<'_> {
         let signature = signature.map(|bytes| {
             self.writer.file(Path::new(store::SIGNATURES).join(format!("{}.sig", item.name)), &bytes)
         });
+        let (mut published_map, mut encoders, mut not_published) = (None, BTreeSet::new(), None);
+        match published {
+            Wrapped::Same => {}
+            Wrapped::By(map) => {
+                published_map = Some(self.store_map(&map)?);
+                encoders = map.encoders();
+            }
+            Wrapped::Not(reason) => not_published = Some(reason),
+        }
         Ok(Artifact {
             arch: item.arch.clone(),
             platform: item.platform.clone(),
             format: item.format.clone(),
             file: item.file.clone(),
-            tier: if output.name == item.name { Tier::Published } else { Tier::Uncompressed },
+            tier: if not_published.is_none() { Tier::Published } else { Tier::Uncompressed },
+            published_map,
+            encoders,
+            not_published,
             published: NamedFile { name: item.name.clone(), blob: Blob { sha256: item.sha256, size } },
             output,
             source,
             map,
             signature: signature.transpose()?,
-            stored,
+            stored: stored + published_map.map_or(0, |b| b.size),
         })
     }
 }

@@ -26,6 +26,7 @@ pub mod oci;
 pub mod openpgp;
 pub mod produce;
 pub mod progress;
+pub mod proof;
 pub mod recipe;
 pub mod registry;
 pub mod rehydrate;

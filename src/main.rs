@@ -19,6 +19,7 @@ use rehydrator::oci::read::Image;
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
 use rehydrator::progress::Progress;
+use rehydrator::recipe::Tier;
 use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
@@ -76,10 +77,15 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Rehydrate(args) => {
             drop(out);
             let dest = if args.dest == "-" { Dest::Stdout } else { Dest::Dir(args.dest.into()) };
+            let (form, memory) = match args.published {
+                true => (Tier::Published, memory::available() / 2),
+                false => (Tier::Uncompressed, quarter()),
+            };
             let options = rehydrate::Options {
-                memory: args.memory.unwrap_or_else(quarter),
+                memory: args.memory.unwrap_or(memory),
                 validate: !args.skip_validate,
                 force: args.force,
+                form,
             };
             rehydrate(&open(&args.data)?, &args.which, &dest, &options, progress)
         }
@@ -87,7 +93,8 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::List(args) => report::list(&open(&args.data)?.index, args.json, &mut out),
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
-            let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
+            let form = Tier::Uncompressed;
+            let options = rehydrate::Options { memory: quarter(), validate: true, force: false, form };
             let mut data = args.data;
             data.from = data.from.or(args.image);
             let store = match image(&data)? {
@@ -203,6 +210,8 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             arch: args.arch,
             profile: args.profile,
             allow_unhandled: args.allow_unhandled,
+            require: args.require,
+            published: !args.skip_published,
             memory: args.memory.unwrap_or_else(|| memory::available() / 2),
             max_size: args.max_size,
         };

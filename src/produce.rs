@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::ScopedJoinHandle;
 
 use anyhow::{Context, Result};
@@ -34,6 +34,16 @@ pub struct Parts {
     pub map: Option<Map>,
 }
 
+/// What makes the published file of the output.
+pub struct Published {
+    /// Its map.
+    pub map: Map,
+    /// What must come out.
+    pub expected: Blob,
+    /// Memory for encoders, in bytes; one at a time is used whatever it takes.
+    pub memory: u64,
+}
+
 impl Parts {
     /// The output, to be looked into here and there.
     pub fn view(self) -> Arc<dyn Source> {
@@ -59,23 +69,104 @@ pub struct How<'a> {
 /// Writes the artifact `name` to `out` and checks that it is `expected`. On an error `out` holds bytes that are not the
 /// artifact: whoever calls makes sure that nobody takes them for it.
 pub fn produce(name: &str, parts: &Parts, expected: &Blob, how: &How, out: &mut dyn Output) -> Result<()> {
-    let mut uses = Vec::new();
-    parts.source.trace(0, parts.source.len(), 0, &mut uses);
-    let found = how.cache.with_plan(uses, how.threads, || {
-        std::thread::scope(|scope| -> io::Result<Option<Blob>> {
-            let mut tee = Tee::new(scope, how, expected.size, out);
-            let mut plain = Plain { source: &*parts.source, cache: how.cache, pos: 0 };
-            match &parts.map {
-                Some(map) => fold::fold(map, &mut plain, &mut tee)?,
-                None => plain.copy_to(&mut tee)?,
-            }
-            tee.finish()
-        })
-    });
+    let found = output(parts, expected.size, how, how.validate, out);
     if let Some(found) = found.with_context(|| format!("artifact {name}"))? {
         store::matches(&format!("artifact {name}"), &found, expected)?;
     }
     Ok(())
+}
+
+/// Makes the output of `parts`, of `size` bytes, and gives what came out if it is to be validated.
+fn output(
+    parts: &Parts,
+    size: u64,
+    how: &How,
+    validate: bool,
+    out: &mut dyn Output,
+) -> io::Result<Option<Blob>> {
+    let mut uses = Vec::new();
+    parts.source.trace(0, parts.source.len(), 0, &mut uses);
+    how.cache.with_plan(uses, how.threads, || {
+        std::thread::scope(|scope| -> io::Result<Option<Blob>> {
+            let mut tee = Tee::new(scope, Some(how.task), validate, size, out);
+            let mut plain = Plain { source: &*parts.source, cache: how.cache, pos: 0 };
+            match &parts.map {
+                Some(map) => fold::fold(map, &mut plain, &mut tee, 0)?,
+                None => plain.copy_to(&mut tee)?,
+            }
+            tee.finish()
+        })
+    })
+}
+
+/// As [`produce`], but writes the published file. The output, of `size` bytes, is made on a thread of its own and goes
+/// through memory.
+pub fn produce_published(
+    name: &str,
+    parts: &Parts,
+    size: u64,
+    published: &Published,
+    how: &How,
+    out: &mut dyn Output,
+) -> Result<()> {
+    let (to, chunks) = sync_channel(BEHIND);
+    let found = std::thread::scope(|scope| {
+        let inner = scope.spawn(move || output(parts, size, how, false, &mut PipeWriter(to)));
+        let mut tee = Tee::new(scope, None, how.validate, published.expected.size, out);
+        let mut pipe = PipeReader { chunks, held: Vec::new(), used: 0 };
+        let made =
+            fold::fold(&published.map, &mut pipe, &mut tee, published.memory).and_then(|()| tee.finish());
+        // If the other end waits for room, it ends now.
+        drop(pipe);
+        let inner =
+            inner.join().map_err(|_| io::Error::other("the thread that makes the output panicked"))?;
+        match (inner, made) {
+            // It stopped because nobody listened: why that was says more.
+            (Err(e), Err(why)) if e.kind() == io::ErrorKind::NotConnected => Err(why),
+            (Err(e), _) if e.kind() != io::ErrorKind::NotConnected => Err(e),
+            (_, made) => made,
+        }
+    });
+    if let Some(found) = found.with_context(|| format!("artifact {name}"))? {
+        store::matches(&format!("artifact {name}"), &found, &published.expected)?;
+    }
+    Ok(())
+}
+
+/// The writing end of a pipe between threads.
+struct PipeWriter(SyncSender<Vec<u8>>);
+
+impl Write for PipeWriter {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.send(buf.to_vec()).map_err(|_| io::Error::from(io::ErrorKind::NotConnected))?;
+        Ok(buf.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Output for PipeWriter {}
+
+/// The reading end.
+struct PipeReader {
+    chunks: Receiver<Vec<u8>>,
+    held: Vec<u8>,
+    used: usize,
+}
+
+impl Read for PipeReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.used == self.held.len() {
+            // A sender that is gone has sent all.
+            self.held = self.chunks.recv().unwrap_or_default();
+            self.used = 0;
+        }
+        let n = buf.len().min(self.held.len() - self.used);
+        buf[..n].copy_from_slice(&self.held[self.used..self.used + n]);
+        self.used += n;
+        Ok(n)
+    }
 }
 
 /// Reads a source from start to end, and tells the cache how far it is.
@@ -123,7 +214,7 @@ type Hashing<'scope> = (SyncSender<Piece>, ScopedJoinHandle<'scope, (Digest, u64
 /// Writes to an output, and hashes on another thread.
 struct Tee<'scope, 'a> {
     out: &'a mut dyn Output,
-    task: &'a Task,
+    task: Option<&'a Task>,
     pending: Vec<u8>,
     /// Bytes that may still come: a damaged or hostile recipe does not fill a disk.
     left: u64,
@@ -133,11 +224,12 @@ struct Tee<'scope, 'a> {
 impl<'scope, 'a> Tee<'scope, 'a> {
     fn new(
         scope: &'scope std::thread::Scope<'scope, '_>,
-        how: &How<'a>,
+        task: Option<&'a Task>,
+        validate: bool,
         size: u64,
         out: &'a mut dyn Output,
     ) -> Self {
-        let hash = how.validate.then(|| {
+        let hash = validate.then(|| {
             let (to, pieces) = sync_channel(BEHIND);
             let thread = scope.spawn(move || {
                 let mut hasher = Hasher::new(io::sink());
@@ -152,7 +244,7 @@ impl<'scope, 'a> Tee<'scope, 'a> {
             });
             (to, thread)
         });
-        Self { out, task: how.task, pending: Vec::with_capacity(CHUNK), left: size, hash }
+        Self { out, task, pending: Vec::with_capacity(CHUNK), left: size, hash }
     }
 
     fn count(&mut self, n: u64) -> io::Result<()> {
@@ -160,6 +252,12 @@ impl<'scope, 'a> Tee<'scope, 'a> {
             io::Error::new(io::ErrorKind::InvalidData, "size mismatch: more bytes come out than expected")
         })?;
         Ok(())
+    }
+
+    fn advance(&self, n: u64) {
+        if let Some(task) = self.task {
+            task.advance(n);
+        }
     }
 
     fn send(&mut self, piece: Piece) -> io::Result<()> {
@@ -173,7 +271,7 @@ impl<'scope, 'a> Tee<'scope, 'a> {
         if !self.pending.is_empty() {
             self.count(self.pending.len() as u64)?;
             self.out.write_all(&self.pending)?;
-            self.task.advance(self.pending.len() as u64);
+            self.advance(self.pending.len() as u64);
             let full = std::mem::replace(&mut self.pending, Vec::with_capacity(CHUNK));
             self.send(Piece::Bytes(full))?;
         }
@@ -184,7 +282,7 @@ impl<'scope, 'a> Tee<'scope, 'a> {
         self.flush_pending()?;
         self.count(len)?;
         self.out.zeros(len)?;
-        self.task.advance(len);
+        self.advance(len);
         self.send(Piece::Zeros(len))
     }
 

@@ -67,7 +67,7 @@ pub struct NamedFile {
 }
 
 /// The form in which an artifact comes back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
     /// The file as published, so that its signature verifies.
@@ -103,6 +103,15 @@ pub struct Artifact {
     pub output: NamedFile,
     /// Which of the two forms comes back at most.
     pub tier: Tier,
+    /// The segment map that makes the published file of the output, where that is another file and can be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published_map: Option<Blob>,
+    /// What `published_map` needs to make the published file, with versions.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub encoders: BTreeSet<String>,
+    /// Why the published file cannot be made, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_published: Option<String>,
     /// The source of the plain bytes: an index into [`Index::sources`].
     pub source: usize,
     /// The segment map that makes the output of the plain bytes; without one, they are the output.
@@ -119,6 +128,14 @@ impl Artifact {
     /// A short name for messages: `openstack`, `metal iso`, `metal pxe rootfs`.
     pub fn label(&self) -> String {
         label(&self.platform, &self.format, &self.file)
+    }
+
+    /// The file that comes out.
+    pub fn file_of(&self, tier: Tier) -> &NamedFile {
+        match tier {
+            Tier::Published => &self.published,
+            Tier::Uncompressed => &self.output,
+        }
     }
 
     /// Whether it is the live ISO.
@@ -255,6 +272,18 @@ impl Index {
                 check_file_name(name)?;
             }
             ensure!(names.insert(&artifact.output.name), "two artifacts are named {}", artifact.output.name);
+            ensure!(
+                artifact.published.name == artifact.output.name || names.insert(&artifact.published.name),
+                "two artifacts are named {}",
+                artifact.published.name
+            );
+            let published = artifact.published == artifact.output || artifact.published_map.is_some();
+            ensure!(
+                published == (artifact.tier == Tier::Published),
+                "artifact {}: it cannot be of tier {}",
+                artifact.published.name,
+                artifact.tier
+            );
         }
         Ok(())
     }
@@ -271,10 +300,11 @@ impl Index {
         found
     }
 
-    /// The blobs that `artifact` is made of, each once: those of its sources and its map.
+    /// The blobs that `artifact` is made of, each once: those of its sources and its maps.
     pub fn blobs_of(&self, artifact: &Artifact) -> BTreeSet<Blob> {
         let sources = self.sources_of(artifact);
-        artifact.map.into_iter().chain(sources.into_iter().filter_map(|i| self.sources[i].blob())).collect()
+        let maps = artifact.map.into_iter().chain(artifact.published_map);
+        maps.chain(sources.into_iter().filter_map(|i| self.sources[i].blob())).collect()
     }
 
     /// Every blob under `blobs/sha256/`, each once.

@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::produce::{How, Parts, produce};
+use crate::catalog::SIGNATURE;
+use crate::produce::{How, Parts, Published, produce, produce_published};
 use crate::progress::Progress;
-use crate::recipe::{Artifact, Index, SourceSpec};
+use crate::recipe::{Artifact, Index, NamedFile, SourceSpec, Tier};
 use crate::sink::{self, NewFile, Output, Tar};
 use crate::source;
 use crate::source::cluster::Cache;
@@ -63,6 +64,8 @@ pub struct Options {
     pub validate: bool,
     /// Whether to replace files that differ.
     pub force: bool,
+    /// Which form comes out.
+    pub form: Tier,
 }
 
 /// The least memory that rehydrating gets along with, in bytes.
@@ -79,15 +82,26 @@ pub struct Rehydrator {
     store: Arc<Store>,
     sources: Sources<'static>,
     threads: usize,
+    /// Memory that is left for the encoders of published files.
+    encoders: u64,
 }
 
 impl Rehydrator {
     /// Opens the sources of `store`, to use at most `memory` bytes.
     pub fn new(store: Arc<Store>, memory: u64) -> Result<Self> {
+        Self::new_for(store, memory, Tier::Uncompressed)
+    }
+
+    /// As [`new`](Self::new), to make artifacts in this form. For published files a quarter of the memory is the
+    /// cache's, and what is left the encoders', of which one is used at least, whatever it needs.
+    pub fn new_for(store: Arc<Store>, memory: u64, form: Tier) -> Result<Self> {
         let blobs = store.clone();
-        let cache = Cache::new(memory.max(MIN_MEMORY) - OVERHEAD);
+        let memory = memory.max(MIN_MEMORY) - OVERHEAD;
+        let encoders = if form == Tier::Published { memory - memory / 4 } else { 0 };
+        let cache = Cache::new(memory - encoders);
         let sources = Sources::new(cache, move |blob| blobs.blob(blob));
-        Ok(Self { store, sources, threads: std::thread::available_parallelism().map_or(1, Into::into) })
+        let threads = std::thread::available_parallelism().map_or(1, Into::into);
+        Ok(Self { store, sources, threads, encoders })
     }
 
     /// The directory.
@@ -113,19 +127,32 @@ impl Rehydrator {
         Ok(Parts { source, map })
     }
 
-    /// Writes `artifact` to `out`, and checks it. What is damaged is named in the error.
+    /// Writes `artifact` to `out` in this form, and checks it. What is damaged is named in the error.
     pub fn write(
         &self,
         artifact: &Artifact,
+        form: Tier,
         validate: bool,
         progress: &Progress,
         out: &mut dyn Output,
     ) -> Result<()> {
         let name = artifact.label();
-        let task = progress.task(&name, Some(artifact.output.blob.size));
+        let output = &artifact.output.blob;
+        let task = progress.task(&name, Some(output.size));
         let how = How { cache: self.sources.cache(), threads: self.threads, validate, task: &task };
-        let parts = self.parts(artifact).with_context(|| format!("artifact {name}"));
-        let result = parts.and_then(|parts| produce(&name, &parts, &artifact.output.blob, &how, out));
+        let mut write = || -> Result<()> {
+            let parts = self.parts(artifact).with_context(|| format!("artifact {name}"))?;
+            match artifact.published_map.filter(|_| form == Tier::Published) {
+                None => produce(&name, &parts, output, &how, out),
+                Some(map) => {
+                    let map = self.sources.map(&map).with_context(|| format!("artifact {name}"))?;
+                    let expected = artifact.published.blob;
+                    let published = Published { map, expected, memory: self.encoders };
+                    produce_published(&name, &parts, output.size, &published, &how, out)
+                }
+            }
+        };
+        let result = write();
         let stats = self.sources.cache().stats();
         tracing::debug!(artifact = name, clusters = stats.clusters, decodes = stats.decodes, "produced");
         if result.is_ok() {
@@ -190,10 +217,21 @@ pub fn rehydrate(
     if *dest == Dest::Stdout && io::stdout().is_terminal() {
         bail!("refusing to write disk images to a terminal; redirect stdout or name a directory");
     }
-    let rehydrator = Rehydrator::new(store.clone(), options.memory)?;
+    let form = options.form;
+    let rehydrator = Rehydrator::new_for(store.clone(), options.memory, form)?;
     let artifacts = select(&rehydrator.store.index, which)?;
+    if form == Tier::Published {
+        ensure_published(&artifacts)?;
+    }
     let write = |artifact: &Artifact, out: &mut dyn Output| {
-        rehydrator.write(artifact, options.validate, progress, out)
+        rehydrator.write(artifact, form, options.validate, progress, out)
+    };
+    // The signature goes with the file that it is of.
+    let signature = |artifact: &Artifact| {
+        let signature = artifact.signature.filter(|_| form == Tier::Published)?;
+        let name = format!("{}{SIGNATURE}", artifact.published.name);
+        let bytes = rehydrator.store.signature(&artifact.published.name, &signature);
+        Some(bytes.map(|bytes| (NamedFile { name, blob: signature }, bytes)))
     };
     match dest {
         Dest::Stdout => match artifacts[..] {
@@ -201,8 +239,11 @@ pub fn rehydrate(
             _ => {
                 let mut tar = Tar::new(io::stdout());
                 for artifact in artifacts {
-                    let file = &artifact.output;
+                    let file = artifact.file_of(form);
                     tar.member(&file.name, file.blob.size, |out| write(artifact, out))?;
+                    if let Some((file, bytes)) = signature(artifact).transpose()? {
+                        tar.member(&file.name, file.blob.size, |out| Ok(out.write_all(&bytes)?))?;
+                    }
                 }
                 Ok(tar.finish()?)
             }
@@ -211,23 +252,54 @@ pub fn rehydrate(
         Dest::Dir(dir) => {
             fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
             let mut missing = Vec::new();
-            for artifact in artifacts {
-                let file = &artifact.output;
+            for artifact in &artifacts {
+                let file = artifact.file_of(form);
                 if sink::is_there(dir, &file.name, &file.blob, options.force)? {
                     tracing::info!("{} is there already", file.name);
                 } else {
-                    missing.push(artifact);
+                    missing.push(*artifact);
+                }
+            }
+            // Signatures last: one that is there has a file beside it.
+            let mut signatures = Vec::new();
+            for artifact in artifacts {
+                if let Some((file, bytes)) = signature(artifact).transpose()?
+                    && !sink::is_there(dir, &file.name, &file.blob, options.force)?
+                {
+                    signatures.push((file.name, bytes));
                 }
             }
             rehydrator.write_out_bases(&missing, dir)?;
             for artifact in missing {
-                let mut file = NewFile::create(dir, &artifact.output.name)?;
+                let mut file = NewFile::create(dir, &artifact.file_of(form).name)?;
                 write(artifact, &mut file)?;
+                file.commit()?;
+            }
+            for (name, bytes) in signatures {
+                let mut file = NewFile::create(dir, &name)?;
+                file.write_all(&bytes).with_context(|| name.clone())?;
                 file.commit()?;
             }
             Ok(())
         }
     }
+}
+
+/// Checks that the published file of each can be made; the error says of each why it cannot.
+fn ensure_published(artifacts: &[&Artifact]) -> Result<()> {
+    let cannot: Vec<String> = artifacts
+        .iter()
+        .filter(|a| a.tier != Tier::Published)
+        .map(|a| {
+            format!("{}: {}", a.published.name, a.not_published.as_deref().unwrap_or("reason not recorded"))
+        })
+        .collect();
+    ensure!(
+        cannot.is_empty(),
+        "without --published these come out uncompressed, but not as published: {}",
+        cannot.join("; ")
+    );
+    Ok(())
 }
 
 /// The artifacts of `index` that `which` says; at least one.

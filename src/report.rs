@@ -15,14 +15,7 @@ pub fn dehydrated(index: &Index, out: &mut dyn Write) -> Result<()> {
     line(out, "artifact", "published", "stored", "ratio", "tier")?;
     for a in &index.artifacts {
         let size = a.published.blob.size;
-        line(
-            out,
-            &name(index, a),
-            &bytes(size),
-            &bytes(a.stored),
-            &ratio(a.stored, size),
-            &a.tier.to_string(),
-        )?;
+        line(out, &name(index, a), &bytes(size), &bytes(a.stored), &ratio(a.stored, size), &tier(a))?;
     }
     for u in &index.unhandled {
         line(out, &u.name, "", "", "", &format!("unhandled: {}", u.reason))?;
@@ -58,6 +51,14 @@ pub fn list(index: &Index, json: bool, out: &mut dyn Write) -> Result<()> {
         line(out, &a.arch, &a.platform, &a.format, &a.output.name, &size, &a.tier.to_string())?;
     }
     Ok(())
+}
+
+/// The tier, and why it is not the better one.
+fn tier(artifact: &Artifact) -> String {
+    match &artifact.not_published {
+        Some(reason) => format!("{}: {reason}", artifact.tier),
+        None => artifact.tier.to_string(),
+    }
 }
 
 /// How an artifact is called in a table: with its architecture where there are several.

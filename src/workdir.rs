@@ -5,6 +5,7 @@
 //! stream.json.sig    its signature, if upstream signs it
 //! artifacts/         NAME and NAME.sig, verified          build download
 //! dehydrated/        what goes into the image             build dehydrate
+//! proofs/            how published files are made again   build dehydrate, for the next time
 //! ```
 
 use std::fs::File;
@@ -68,6 +69,11 @@ impl Workdir {
         self.root.join("dehydrated")
     }
 
+    /// `proofs/`.
+    pub fn proofs(&self) -> PathBuf {
+        self.root.join("proofs")
+    }
+
     /// Reads `stream.json`.
     pub fn read_stream(&self) -> Result<Stream> {
         let path = self.stream();
@@ -117,9 +123,9 @@ impl Workdir {
         Ok(stream)
     }
 
-    /// Removes `artifacts/` and `dehydrated/`.
+    /// Removes `artifacts/`, `dehydrated/` and `proofs/`.
     pub fn clean(&self) -> Result<()> {
-        for dir in [self.artifacts(), self.dehydrated()] {
+        for dir in [self.artifacts(), self.dehydrated(), self.proofs()] {
             match std::fs::remove_dir_all(&dir) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     return Err(e).with_context(|| format!("{}: remove failed", dir.display()));

@@ -60,7 +60,7 @@ fn round_trip(path: &Path) -> (Unfolded, f64, f64) {
         assert_eq!(map.folded_len(), form.len());
         let wanted = io::BufReader::new(fs::File::open(path).unwrap());
         let mut compare = Compare { wanted, buf: Vec::new(), len: 0 };
-        fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut compare).unwrap();
+        fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut compare, 0).unwrap();
         assert_eq!(compare.len, form.len());
     } else {
         assert!(Arc::ptr_eq(&unfolded.plain, &form));
@@ -103,7 +103,7 @@ fn opens_in_part(command: &str, file: &str, max_map: u64) {
     let (dir, path, map, plain) = opens(command, file, max_map);
     // Cut short at odd places, the plain stream gives an error, and bytes too many are left alone.
     for cut in [0, 1, plain.len() / 3, plain.len() - 1] {
-        assert!(fold(&map, &mut &plain[..cut], &mut io::sink()).is_err(), "{command}: cut at {cut}");
+        assert!(fold(&map, &mut &plain[..cut], &mut io::sink(), 0).is_err(), "{command}: cut at {cut}");
     }
     // A form cut short opens up what is left.
     let form = fs::read(&path).unwrap();
@@ -312,7 +312,7 @@ fn damaged_maps() {
                 && (name == "1" || name == "4")
                 && let Ok(map) = Map::from_bytes(&sealed(&damaged[..content.len()]))
             {
-                let _ = fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut io::sink());
+                let _ = fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut io::sink(), 0);
             }
         }
     }
@@ -355,7 +355,7 @@ fn hostile_maps() {
         (b"\x01\x00\x06\x01\x00\x05", "fold: 1 bytes less than the map says"),
     ] {
         let map = Map::from_bytes(&sealed(content)).unwrap();
-        let error = fold(&map, &mut &b"12345"[..], &mut io::sink()).unwrap_err().to_string();
+        let error = fold(&map, &mut &b"12345"[..], &mut io::sink(), 0).unwrap_err().to_string();
         assert_eq!(error, wanted);
     }
 }

@@ -32,6 +32,7 @@ const ORDER: &[&str] = &[
     "rehydrate",
     "extract",
     "verify",
+    "proof",
     "dehydrate",
     "report",
     "mirror",

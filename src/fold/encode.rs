@@ -6,8 +6,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::deflate::Coder;
-use super::map::{Encoder, Map, Segment};
+use super::map::{Encoder, Map, Segment, StreamEncoder};
 use super::stream::StreamWriter;
+use super::xz;
 
 /// Plain bytes that are encoded at a time; twice as many are in memory.
 const BATCH: usize = 8 << 20;
@@ -17,9 +18,10 @@ const FIRST_BATCH: usize = 1 << 20;
 const LONG_STORED: u64 = 64 << 10;
 
 /// Makes the folded form of the plain stream `plain` and writes it to `out`. Memory is bounded whatever the map says;
-/// small segments are encoded on all cores. An error when `plain` ends early or the map does not lead to
+/// small segments are encoded on all cores, and so are LZMA2 streams as far as `memory` bytes allow: one at a time is
+/// made with whatever its dictionary takes. An error when `plain` ends early or the map does not lead to
 /// `map.folded_len()` bytes; whether they are the right ones only a digest can tell.
-pub fn fold(map: &Map, plain: &mut dyn Read, out: &mut dyn Write) -> io::Result<()> {
+pub fn fold(map: &Map, plain: &mut dyn Read, out: &mut dyn Write, memory: u64) -> io::Result<()> {
     let mut out = Counted { out, left: map.folded_len };
     let mut segments = &map.segments[..];
     let mut buf = Vec::new();
@@ -45,11 +47,25 @@ pub fn fold(map: &Map, plain: &mut dyn Read, out: &mut dyn Write) -> io::Result<
                     copy(plain, &mut out, *len, &mut buf)?;
                     segments = rest;
                 }
-                Some((Segment::Stream { encoder, inner, .. }, rest)) => {
-                    let mut stream = StreamWriter::new(encoder, &mut out)?;
-                    fold(inner, plain, &mut stream)?;
-                    stream.finish()?;
+                Some((Segment::Literal(bytes), rest)) => {
+                    out.write_all(bytes)?;
                     segments = rest;
+                }
+                Some((Segment::Stream { encoder, inner, .. }, rest)) => {
+                    let blocks = lzma2_blocks(segments);
+                    let at_a_time = blocks.iter().filter_map(xz::Next::job).map(|job| job.at_a_time(memory));
+                    match at_a_time.min() {
+                        Some(at_a_time @ 2..) if blocks.len() > 1 => {
+                            segments = &segments[blocks.len()..];
+                            xz::encode_all(blocks, at_a_time, plain, &mut out)?;
+                        }
+                        _ => {
+                            let mut stream = StreamWriter::new(encoder, &mut out)?;
+                            fold(inner, plain, &mut stream, memory)?;
+                            stream.finish()?;
+                            segments = rest;
+                        }
+                    }
                 }
                 _ => {}
             }
@@ -59,6 +75,23 @@ pub fn fold(map: &Map, plain: &mut dyn Read, out: &mut dyn Write) -> io::Result<
         0 => Ok(()),
         left => Err(bad(format!("{left} bytes less than the map says"))),
     }
+}
+
+/// The LZMA2 streams at the front of `segments`, of which nothing inside is compressed, and the bytes between them.
+fn lzma2_blocks(segments: &[Segment]) -> Vec<xz::Next<'_>> {
+    fn next(segment: &Segment) -> Option<xz::Next<'_>> {
+        match segment {
+            Segment::Literal(bytes) => Some(xz::Next::Literal(bytes)),
+            Segment::Stream { encoder: StreamEncoder::Lzma2(params), inner, folded_len }
+                if matches!(inner.segments[..], [Segment::Stored(_)]) =>
+            {
+                let (params, plain_len, folded_len) = (*params, inner.plain_len, *folded_len);
+                Some(xz::Next::Block(xz::Job { params, plain_len, folded_len }))
+            }
+            _ => None,
+        }
+    }
+    segments.iter().map_while(next).collect()
 }
 
 fn bad(what: impl std::fmt::Display) -> io::Error {

@@ -10,6 +10,9 @@
 
 use super::huffman::{Bits, Block, DISTANCE_EXTRA};
 
+/// Name and version of this encoder; to be raised when it makes other bytes than before.
+pub(super) const VERSION: &str = "gnu-gzip 1";
+
 /// How far back the window reaches: half of its memory.
 const WINDOW: usize = 32 << 10;
 const SPACE: usize = 2 * WINDOW;

@@ -25,6 +25,8 @@
 //! | 2 | *zlib stream*: what zlib makes of the folded bytes of a nested level | of the stream | number of params(varint), level(d+1) |
 //! | 3 | *pieced stream*: a raw deflate stream made piece by piece of the folded bytes of a nested level | of the stream | piece-count(varint), pieces, level(d+1) |
 //! | 4 | *gzip stream*: what GNU gzip makes of the folded bytes of a nested level (see `gnu_gzip.rs`) | of the stream | gzip's level(1: 1..9), level(d+1) |
+//! | 5 | *literal*: bytes that are in the map and not in the plain stream | their number, ≥ 1 | the bytes |
+//! | 6 | *LZMA2 stream*: what liblzma makes of the folded bytes of a nested level | of the stream | preset(1: 0..9, 16 more for the extreme variant), dictionary in bytes(varint), level(d+1) |
 //! | 16 + n | *zlib*: what zlib with params n makes | of its plain bytes, ≤ 4 MiB | – |
 //!
 //! ```text
@@ -38,15 +40,18 @@
 //! The checksum is there because `preflate-rs` does not bound what damaged corrections make it do. Against damage made on
 //! purpose only a digest of the map helps: whoever reads a map from elsewhere checks that first.
 //!
-//! Version 1 differs in two things: it has no kind 4, and the kinds from 4 on are *zlib* with params n. It is still read.
+//! Version 1 differs in one thing: it has no kinds 4 to 6, and the kinds from 4 on are *zlib* with params n. It is still read.
 //!
 //! Levels nest at most [`MAX_DEPTH`] deep. A map has at most [`MAX_SEGMENTS`] segments, counting pieces, and
 //! [`MAX_MAP`] bytes.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use super::scan::MAX_DEPTH;
+use super::xz;
 use super::zlib::{Params, Wrap, crc32};
+use super::{gnu_gzip, preflate, zlib};
 
 /// The longest map that is read or made, in bytes. That of a VMDK of 10 GiB has about 200 KB.
 pub const MAX_MAP: usize = 64 << 20;
@@ -62,6 +67,8 @@ const END: &[u8] = b"end.";
 /// Kinds from here on are numbers of params: in this version, and in version 1.
 const ZLIB: u8 = 16;
 const ZLIB_1: u8 = 4;
+/// Added to the preset of LZMA2 for its extreme variant.
+const EXTREME: u8 = 16;
 const MAX_PARAMS: usize = 240;
 
 /// How a form is folded; see the module's text for what is in it.
@@ -77,9 +84,11 @@ pub struct Map {
 pub(super) enum Segment {
     /// Bytes of the plain stream as they are.
     Stored(u64),
+    /// These bytes, which are not in the plain stream.
+    Literal(Vec<u8>),
     /// A deflate stream made in memory.
     Small { plain_len: u32, encoder: Encoder },
-    /// A long deflate stream made of a nested map's folded bytes.
+    /// A long compressed stream made of a nested map's folded bytes.
     Stream { folded_len: u64, encoder: StreamEncoder, inner: Box<Map> },
 }
 
@@ -94,12 +103,14 @@ pub(super) enum Encoder {
     },
 }
 
-/// Makes a deflate stream of a stream of bytes.
+/// Makes a compressed stream of a stream of bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum StreamEncoder {
     Zlib(Params),
     /// GNU gzip with this level.
     Gzip(u8),
+    /// LZMA2 by liblzma.
+    Lzma2(xz::Params),
     Pieces(Vec<Piece>),
 }
 
@@ -134,6 +145,26 @@ impl Map {
     /// The length of the folded form, in bytes.
     pub fn folded_len(&self) -> u64 {
         self.folded_len
+    }
+
+    /// What makes the folded form, with versions: on these the bytes depend. Sorted.
+    pub fn encoders(&self) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for segment in &self.segments {
+            found.insert(match segment {
+                Segment::Stored(_) | Segment::Literal(_) => continue,
+                Segment::Small { encoder: Encoder::Preflate { .. }, .. }
+                | Segment::Stream { encoder: StreamEncoder::Pieces(_), .. } => preflate::VERSION.to_string(),
+                Segment::Small { encoder: Encoder::Zlib(_), .. }
+                | Segment::Stream { encoder: StreamEncoder::Zlib(_), .. } => zlib::version(),
+                Segment::Stream { encoder: StreamEncoder::Gzip(_), .. } => gnu_gzip::VERSION.to_string(),
+                Segment::Stream { encoder: StreamEncoder::Lzma2(_), .. } => xz::VERSION.to_string(),
+            });
+            if let Segment::Stream { inner, .. } = segment {
+                found.extend(inner.encoders());
+            }
+        }
+        found
     }
 
     /// The bytes of the map.
@@ -176,6 +207,8 @@ impl Map {
             Segment::Stream { encoder: StreamEncoder::Zlib(_), .. } => 2,
             Segment::Stream { encoder: StreamEncoder::Pieces(_), .. } => 3,
             Segment::Stream { encoder: StreamEncoder::Gzip(_), .. } => 4,
+            Segment::Literal(_) => 5,
+            Segment::Stream { encoder: StreamEncoder::Lzma2(_), .. } => 6,
             Segment::Small { encoder: Encoder::Zlib(p), .. } => ZLIB + number(p) as u8,
         }));
         for segment in &self.segments {
@@ -186,6 +219,7 @@ impl Map {
         for segment in &self.segments {
             match segment {
                 Segment::Stored(_) => {}
+                Segment::Literal(bytes) => put(out, bytes.len() as u64),
                 Segment::Small { plain_len, .. } => put(out, u64::from(*plain_len)),
                 Segment::Stream { folded_len, .. } => put(out, *folded_len),
             }
@@ -196,10 +230,15 @@ impl Map {
                     put(out, u64::from(*bits) / 8);
                     put_bytes(out, corrections);
                 }
+                Segment::Literal(bytes) => out.extend(bytes),
                 Segment::Stream { encoder, inner, .. } => {
                     match encoder {
                         StreamEncoder::Zlib(p) => put(out, number(p) as u64),
                         StreamEncoder::Gzip(level) => out.push(*level),
+                        StreamEncoder::Lzma2(p) => {
+                            out.push(p.preset | if p.extreme { EXTREME } else { 0 });
+                            put(out, p.dict.into());
+                        }
                         StreamEncoder::Pieces(pieces) => {
                             put(out, pieces.len() as u64);
                             for piece in pieces {
@@ -369,13 +408,16 @@ impl<'a> Input<'a> {
                     let encoder = Encoder::Preflate { corrections: self.run()?, bits };
                     Segment::Small { plain_len: len as u32, encoder }
                 }
-                2..=4 => {
+                5 if len == 0 => return Err(bad("an empty segment")),
+                5 => Segment::Literal(self.take(usize::try_from(len).unwrap_or(usize::MAX))?.to_vec()),
+                2..=4 | 6 => {
                     let encoder = match kind {
                         2 => {
                             let n = self.varint()?;
                             StreamEncoder::Zlib(self.param(n)?)
                         }
                         3 => StreamEncoder::Pieces(self.pieces()?),
+                        6 => StreamEncoder::Lzma2(self.lzma2()?),
                         _ => StreamEncoder::Gzip(match self.byte()? {
                             level @ 1..=9 => level,
                             other => return Err(bad(format!("no level of gzip: {other}"))),
@@ -402,6 +444,13 @@ impl<'a> Input<'a> {
         params.copied().ok_or_else(|| bad(format!("no encoder {n}")))
     }
 
+    fn lzma2(&mut self) -> io::Result<xz::Params> {
+        let preset = self.byte()?;
+        let dict = self.bounded("dictionary", u32::MAX.into())? as u32;
+        let params = xz::Params { preset: preset & !EXTREME, extreme: preset & EXTREME != 0, dict };
+        if params.valid() { Ok(params) } else { Err(bad(format!("no LZMA2 parameters: {params:?}"))) }
+    }
+
     fn pieces(&mut self) -> io::Result<Vec<Piece>> {
         let count = self.counted("number of pieces")?;
         let mut pieces = Vec::new();
@@ -425,6 +474,7 @@ impl Map {
         let plain_len = segments.iter().try_fold(0u64, |sum, segment| {
             sum.checked_add(match segment {
                 Segment::Stored(len) => *len,
+                Segment::Literal(_) => 0,
                 Segment::Small { plain_len, .. } => u64::from(*plain_len),
                 Segment::Stream { inner, .. } => inner.plain_len,
             })

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A format module is only a parser that says where regions lie. A region that does not come back exactly is left as
-//! it is. Outer compression, of which only the inside is wanted, is peeled off by [`peel`].
+//! it is. Outer compression is peeled off by [`peel`]; [`wrap`] finds the map that puts it on again.
 
 mod deflate;
 mod encode;
@@ -29,6 +29,8 @@ mod tar;
 mod unfold;
 mod view;
 mod vmdk;
+mod wrap;
+mod xz;
 mod zlib;
 
 pub use encode::fold;
@@ -36,3 +38,4 @@ pub use map::{MAX_MAP, Map};
 pub use peel::{Compression, Peeled, peel};
 pub use unfold::{Unfolded, unfold};
 pub use view::Folded;
+pub use wrap::{Effort, wrap};

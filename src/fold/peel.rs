@@ -179,9 +179,26 @@ fn gunzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<()> {
     Ok(())
 }
 
-/// Decodes the one member of a zip archive and gives its name. What counts is the central directory, as in APPNOTE.TXT:
-/// a local header that was written to a pipe does not know the lengths.
-fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String> {
+/// The one member of a zip archive.
+pub(super) struct Member {
+    name: String,
+    /// Where its data starts and ends in the file.
+    pub(super) start: u64,
+    pub(super) stop: u64,
+    /// How it is compressed.
+    pub(super) method: u16,
+    pub(super) plain_len: u64,
+    crc: u32,
+}
+
+/// Member data that is not compressed.
+pub(super) const ZIP_STORED: u16 = 0;
+/// Member data that is a deflate stream.
+pub(super) const ZIP_DEFLATE: u16 = 8;
+
+/// Finds the one member of a zip archive. What counts is the central directory, as in APPNOTE.TXT: a local header that
+/// was written to a pipe does not know the lengths.
+pub(super) fn zip_member(file: &std::fs::File, len: u64) -> io::Result<Member> {
     /// The record at the end, without its comment; its 64-bit form and the locator of that; the two headers.
     const END: usize = 22;
     const END_64: u64 = 56;
@@ -243,6 +260,14 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
     let start = local_at + LOCAL + u64::from(le16(&local, 26)) + u64::from(le16(&local, 28));
     let stop = start.checked_add(folded_len).filter(|&stop| stop <= central_at);
     let stop = stop.ok_or_else(|| bad("zip: the member reaches into the central directory"))?;
+    let name =
+        String::from_utf8(name.to_vec()).map_err(|_| bad("zip: the name of the member is not UTF-8"))?;
+    Ok(Member { name, start, stop, method, plain_len, crc: le32(&central, 16) })
+}
+
+/// Decodes the one member of a zip archive and gives its name.
+fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String> {
+    let Member { name, start, stop, method, plain_len, crc: wanted } = zip_member(file, len)?;
     let (mut crc, mut made) = (0, 0);
     let mut check = |bytes: &[u8]| {
         crc = crc32(crc, bytes);
@@ -250,7 +275,7 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
         out.write_all(bytes)
     };
     match method {
-        0 => {
+        ZIP_STORED => {
             let mut buf = vec![0; PART];
             let mut pos = start;
             while pos < stop {
@@ -260,7 +285,7 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
                 pos += part.len() as u64;
             }
         }
-        8 => {
+        ZIP_DEFLATE => {
             let mut decoder = Inflate::new(super::zlib::Wrap::Raw)?;
             let end = inflate(&mut decoder, file, start, stop, check)?;
             if end != stop {
@@ -269,11 +294,10 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
         }
         other => return Err(bad(format!("zip: compression method {other} is not known"))),
     }
-    let wanted = le32(&central, 16);
     if crc != wanted || made != plain_len {
         return Err(bad(format!(
             "zip: expected {plain_len} bytes with CRC {wanted:08x}, found {made} with {crc:08x}"
         )));
     }
-    String::from_utf8(name.to_vec()).map_err(|_| bad("zip: the name of the member is not UTF-8"))
+    Ok(name)
 }

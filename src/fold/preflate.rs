@@ -22,6 +22,9 @@ use preflate_rs::{
     PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor, TokenPredictorParameters,
 };
 
+/// Name and version of the crate, which is pinned in `Cargo.toml`.
+pub(super) const VERSION: &str = "preflate-rs 0.7.6";
+
 /// How far back a match of a deflate stream reaches.
 pub(super) const WINDOW: usize = 32 << 10;
 

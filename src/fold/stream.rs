@@ -1,4 +1,4 @@
-//! Long deflate streams: what does not fit in memory, such as the one of a gzip file.
+//! Long compressed streams: what does not fit in memory, such as the one of a gzip file.
 //!
 //! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib and GNU gzip are tried first,
 //! every candidate at once, each for as long as it makes the right bytes. When none does to the end, the stream is cut
@@ -15,6 +15,7 @@ use super::deflate::candidates;
 use super::gnu_gzip::Gzip;
 use super::map::{self, How, MAX_PIECE, Piece, StreamEncoder};
 use super::preflate::{self, WINDOW, keep_bits};
+use super::xz;
 use super::zlib::{Deflate, Inflate, Stop, Wrap};
 use crate::io::{SparseWriter, is_zero, scratch_file};
 use crate::source::{File, Source};
@@ -43,24 +44,35 @@ struct Cut {
 
 /// A decoded stream.
 pub(super) struct Inflated {
-    /// Its plain bytes, in a file.
-    pub(super) plain: File,
+    /// How many plain bytes it has.
+    pub(super) plain_len: u64,
     /// How long it was.
     pub(super) folded_len: u64,
     /// Where the pieces end; the last one at the end.
     cuts: Vec<Cut>,
 }
 
-/// Decodes the raw deflate stream that starts at `start` of `source` and ends before `end`. `None` when it is damaged,
-/// not all there, or in blocks too long to cut.
+/// Decodes the raw deflate stream that starts at `start` of `source` and ends before `end` into a file in `scratch`.
+/// `None` when it is damaged, not all there, or in blocks too long to cut.
 pub(super) fn inflate(
     source: &dyn Source,
     start: u64,
     end: u64,
     scratch: &Path,
+) -> io::Result<Option<(Inflated, File)>> {
+    let mut out = SparseWriter::new(scratch_file(scratch)?);
+    let Some(inflated) = measure(source, start, end, &mut out)? else { return Ok(None) };
+    Ok(Some((inflated, File::new(out.finish()?)?)))
+}
+
+/// As [`inflate`], into `out`.
+pub(super) fn measure(
+    source: &dyn Source,
+    start: u64,
+    end: u64,
+    out: &mut dyn Write,
 ) -> io::Result<Option<Inflated>> {
     let mut decoder = Inflate::new(Wrap::Raw)?;
-    let mut out = SparseWriter::new(scratch_file(scratch)?);
     let (mut input, mut output) = (vec![0; 1 << 18], vec![0; 1 << 18]);
     let mut held = 0..0;
     let mut read = start;
@@ -99,33 +111,36 @@ pub(super) fn inflate(
                 // The end comes once more after the last block, which may have been cut off already.
                 cuts.pop_if(|cut| cut.bit.next_multiple_of(8) == now.bit && cut.plain == now.plain);
                 cuts.push(now);
-                let plain = File::new(out.finish()?)?;
-                return Ok(Some(Inflated { plain, folded_len: consumed, cuts }));
+                return Ok(Some(Inflated { plain_len: now.plain, folded_len: consumed, cuts }));
             }
         }
     }
 }
 
-/// Finds what makes the stream at `start` of `source` of its plain bytes, in at most `max_pieces` pieces.
+/// Finds what makes the stream at `start` of `source` of the bytes of `plain`, in at most `max_pieces` pieces. An encoder
+/// that makes the first `enough` plain bytes as no other does is believed to make the rest.
 pub(super) fn find_encoder(
     source: &dyn Source,
     start: u64,
     stream: &Inflated,
+    plain: &dyn Source,
     max_pieces: usize,
+    enough: u64,
 ) -> io::Result<Option<StreamEncoder>> {
-    if let Some(encoder) = find_whole(source, start, stream)? {
+    if let Some(encoder) = find_whole(source, start, stream, plain, enough)? {
         return Ok(Some(encoder));
     }
     if stream.cuts.len() > max_pieces {
         return Ok(None);
     }
-    Ok(find_pieces(source, start, stream)?.map(StreamEncoder::Pieces))
+    Ok(find_pieces(source, start, stream, plain)?.map(StreamEncoder::Pieces))
 }
 
 /// An encoder that makes a stream in one go.
 pub(super) enum Whole {
     Zlib(Deflate),
     Gzip(Gzip),
+    Lzma2(xz::Encoder),
 }
 
 impl Whole {
@@ -136,6 +151,7 @@ impl Whole {
                 gzip.run(input, finish, out);
                 Ok(())
             }
+            Self::Lzma2(encoder) => encoder.run(input, finish, out),
         }
     }
 }
@@ -173,7 +189,13 @@ impl Candidate {
 }
 
 /// The encoder that makes the whole stream.
-fn find_whole(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<StreamEncoder>> {
+fn find_whole(
+    source: &dyn Source,
+    start: u64,
+    stream: &Inflated,
+    plain: &dyn Source,
+    enough: u64,
+) -> io::Result<Option<StreamEncoder>> {
     let mut alive = Vec::new();
     let candidate = |encoder, whole| Candidate { encoder, whole, done: 0, made: Vec::new() };
     for params in candidates(Wrap::Raw) {
@@ -183,10 +205,10 @@ fn find_whole(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<
     let mut feed = vec![0; FEED];
     let mut pos = 0;
     loop {
-        let part = &mut feed[..(stream.plain.len() - pos).min(FEED as u64) as usize];
-        stream.plain.read_at(pos, part)?;
+        let part = &mut feed[..(stream.plain_len - pos).min(FEED as u64) as usize];
+        plain.read_at(pos, part)?;
         pos += part.len() as u64;
-        let finish = pos == stream.plain.len();
+        let finish = pos == stream.plain_len;
         let run = |c: &mut Candidate| c.run(part, finish, source, start, stream.folded_len);
         let right = match &mut alive[..] {
             [only] => vec![run(only)?],
@@ -194,7 +216,7 @@ fn find_whole(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<
         };
         let mut right = right.into_iter();
         alive.retain(|_| right.next().unwrap_or_default());
-        if alive.is_empty() || finish {
+        if alive.is_empty() || finish || alive.len() == 1 && pos >= enough {
             return Ok(alive.into_iter().next().map(|c| c.encoder));
         }
     }
@@ -219,7 +241,12 @@ impl Loaded {
 }
 
 /// The pieces of the stream, each with its corrections. `None` when those are too long.
-fn find_pieces(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result<Option<Vec<Piece>>> {
+fn find_pieces(
+    source: &dyn Source,
+    start: u64,
+    stream: &Inflated,
+    from_plain: &dyn Source,
+) -> io::Result<Option<Vec<Piece>>> {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut side = 0;
     let mut from = Cut::default();
@@ -236,7 +263,7 @@ fn find_pieces(source: &dyn Source, start: u64, stream: &Inflated) -> io::Result
             room = room.saturating_sub(to.plain - from.plain);
             let window = from.plain.min(WINDOW as u64);
             let mut plain = vec![0; (to.plain - from.plain + window) as usize];
-            stream.plain.read_at(from.plain - window, &mut plain)?;
+            from_plain.read_at(from.plain - window, &mut plain)?;
             let mut deflated = vec![0; (to.bit.div_ceil(8) - from.bit / 8) as usize];
             source.read_at(start + from.bit / 8, &mut deflated)?;
             let bits = (to.bit - from.bit) as u32;
@@ -292,6 +319,9 @@ impl<'a> StreamWriter<'a> {
             }
             StreamEncoder::Gzip(level) => {
                 Self::Whole { whole: Whole::Gzip(Gzip::new(*level)), feed: Vec::new(), out }
+            }
+            StreamEncoder::Lzma2(params) => {
+                Self::Whole { whole: Whole::Lzma2(xz::Encoder::new(params)?), feed: Vec::new(), out }
             }
             StreamEncoder::Pieces(pieces) => Self::Pieces(PieceWriter {
                 pieces,

@@ -149,14 +149,14 @@ impl Unfolder<'_> {
             source.read_at(offset, &mut header)?;
             let Some(len) = gzip::header_len(&header) else { break };
             let start = offset + len as u64;
-            let Some(inflated) = stream::inflate(source, start, end, self.scratch)? else { break };
+            let Some((inflated, plain)) = stream::inflate(source, start, end, self.scratch)? else { break };
             offset = start + inflated.folded_len + gzip::TRAILER;
             let room = MAX_SEGMENTS.saturating_sub(self.segments + level.segments.len()) / 2;
-            if let Some(encoder) = stream::find_encoder(source, start, &inflated, room)? {
+            if let Some(encoder) = stream::find_encoder(source, start, &inflated, &plain, room, u64::MAX)? {
                 self.stored(level, start)?;
                 let mut found = Vec::new();
-                regions(&inflated.plain, 0, inflated.plain.len(), depth + 1, &mut found, room / 4)?;
-                let inner = Box::new(self.level(&inflated.plain, found, depth + 1)?);
+                regions(&plain, 0, plain.len(), depth + 1, &mut found, room / 4)?;
+                let inner = Box::new(self.level(&plain, found, depth + 1)?);
                 level.segments.push(Segment::Stream { folded_len: inflated.folded_len, encoder, inner });
                 level.pos += inflated.folded_len;
             }

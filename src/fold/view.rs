@@ -106,11 +106,12 @@ impl Folded {
     fn made(&self, plain_at: u64, segment: &Segment, needed: u64) -> io::Result<Vec<u8>> {
         match segment {
             Segment::Small { plain_len, encoder } => self.small(plain_at, *plain_len, encoder),
+            Segment::Literal(bytes) => Ok(bytes.clone()),
             Segment::Stream { encoder, inner, .. } if needed <= STREAM_WINDOW => {
                 let mut out = Window { bytes: vec![], most: STREAM_WINDOW as usize };
                 let mut plain = From { source: &*self.plain, pos: plain_at };
                 let mut stream = StreamWriter::new(encoder, &mut out)?;
-                let done = super::fold(inner, &mut plain, &mut stream).and_then(|()| stream.finish());
+                let done = super::fold(inner, &mut plain, &mut stream, 0).and_then(|()| stream.finish());
                 match done {
                     Err(e) if out.bytes.len() < out.most => Err(e),
                     _ => Ok(out.bytes),
@@ -165,6 +166,7 @@ fn bad(what: &str) -> io::Error {
 fn lengths(segment: &Segment) -> Option<(u64, u64)> {
     match segment {
         Segment::Stored(len) => Some((*len, *len)),
+        Segment::Literal(bytes) => Some((bytes.len() as u64, 0)),
         Segment::Stream { folded_len, inner, .. } => Some((*folded_len, inner.plain_len())),
         Segment::Small { .. } => None,
     }
@@ -173,6 +175,7 @@ fn lengths(segment: &Segment) -> Option<(u64, u64)> {
 fn plain_len(segment: &Segment) -> u64 {
     match segment {
         Segment::Stored(len) => *len,
+        Segment::Literal(_) => 0,
         Segment::Small { plain_len, .. } => u64::from(*plain_len),
         Segment::Stream { inner, .. } => inner.plain_len(),
     }

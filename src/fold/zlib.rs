@@ -49,6 +49,13 @@ fn blank() -> Box<MaybeUninit<z::z_stream>> {
     Box::new(MaybeUninit::zeroed())
 }
 
+/// Name and version of the library.
+pub(super) fn version() -> String {
+    // SAFETY: zlib gives a constant string that ends in a zero byte.
+    let version = unsafe { std::ffi::CStr::from_ptr(z::zlibVersion()) };
+    format!("zlib {}", version.to_string_lossy())
+}
+
 fn zlib_error(what: &str, code: c_int) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("zlib: {what} failed with code {code}"))
 }

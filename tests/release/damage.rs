@@ -126,9 +126,9 @@ fn a_changed_index() {
         fs::write(&index, &original).unwrap();
     }
     let text = String::from_utf8(original).unwrap();
-    fs::write(&index, text.replacen("\"format-version\": 1", "\"format-version\": 99", 1)).unwrap();
+    fs::write(&index, text.replacen("\"format-version\": 2", "\"format-version\": 99", 1)).unwrap();
     let error = damaged.refuses(&["--disk", "openstack"]);
-    assert!(error.contains("format version 99: this program reads version 1"), "{error}");
+    assert!(error.contains("format version 99: this program reads versions 1 to 2"), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod common;
 mod container;
 mod damage;
+mod published;
 mod server;
 #[path = "../tools/mod.rs"]
 mod tools;
@@ -219,7 +220,7 @@ fn list_and_verify() {
         workdir.expected("x86_64").len() + workdir.expected("ppc64le").len()
     );
     let table = String::from_utf8(ok(rehydrator().args(["list", "--data"]).arg(workdir.data()))).unwrap();
-    assert!(table.lines().any(|l| l.contains("openstack") && l.contains("uncompressed")), "{table}");
+    assert!(table.lines().any(|l| l.contains("openstack") && l.contains("published")), "{table}");
     assert!(table.lines().any(|l| l.contains("gcp") && l.contains("published")), "{table}");
     ok(rehydrator().args(["verify", "--data"]).arg(workdir.data()));
 

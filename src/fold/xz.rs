@@ -1,0 +1,404 @@
+//! `.xz` files: where their LZMA2 data lies, and how that was made.
+//!
+//! A file is a row of streams, each a header, blocks, an index and a footer. Only what is inside the blocks is made
+//! again; headers, checks, index and padding are a few bytes and are kept. So it does not matter which check there is,
+//! whether blocks were cut by threads or by `--block-size`, whether their headers have sizes, or how many streams there are.
+//!
+//! The format: <https://xz.tukaani.org/format/xz-file-format.txt>.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::thread::ScopedJoinHandle;
+
+use liblzma::stream::{Action, Filters, LzmaOptions, PRESET_EXTREME, Status, Stream};
+use rayon::prelude::*;
+
+use crate::bytes::le32;
+use crate::source::Source;
+
+/// Name and version of the library, which is pinned in `Cargo.toml`.
+pub(super) const VERSION: &str = "liblzma 5.8.4";
+
+/// LZMA2 as liblzma makes it with one of its presets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Params {
+    /// 0 to 9.
+    pub(super) preset: u8,
+    /// Whether it is the slower variant of the preset, `-e`.
+    pub(super) extreme: bool,
+    /// The dictionary in bytes, which need not be the preset's.
+    pub(super) dict: u32,
+}
+
+/// The largest dictionary: twice that of the highest preset.
+const MAX_DICT: u32 = 128 << 20;
+/// The dictionaries of the presets, as powers of two.
+const DICTS: [u32; 10] = [18, 20, 21, 22, 22, 23, 23, 24, 25, 26];
+
+impl Params {
+    /// Whether liblzma takes these, and with a bounded amount of memory.
+    pub(super) fn valid(&self) -> bool {
+        self.preset <= 9 && (4096..=MAX_DICT).contains(&self.dict)
+    }
+
+    /// The memory that encoding takes, in bytes: what xz says of its presets, and a little more.
+    pub(super) fn memory(&self) -> u64 {
+        u64::from(self.dict) * 11 + (8 << 20)
+    }
+
+    /// Every preset that may have made data with a dictionary of this size, most likely first.
+    fn candidates(dict: u32) -> Vec<Self> {
+        let usual = |preset: &u8| 1 << DICTS[usize::from(*preset)] == dict;
+        let mut presets: Vec<u8> = [9, 6, 0, 1, 2, 3, 4, 5, 7, 8].into_iter().filter(usual).collect();
+        if presets.is_empty() {
+            presets = vec![6, 9, 0, 3, 4, 1, 2, 5, 7, 8];
+        }
+        let both = |extreme| presets.iter().map(move |&preset| Self { preset, extreme, dict });
+        both(false).chain(both(true)).filter(Self::valid).collect()
+    }
+}
+
+/// Encodes the LZMA2 data of one block.
+pub(super) struct Encoder(Stream);
+
+impl Encoder {
+    pub(super) fn new(params: &Params) -> io::Result<Self> {
+        let preset = u32::from(params.preset) | if params.extreme { PRESET_EXTREME } else { 0 };
+        let mut options = LzmaOptions::new_preset(preset).map_err(io::Error::from)?;
+        options.dict_size(params.dict);
+        let mut filters = Filters::new();
+        filters.lzma2(&options);
+        Ok(Self(Stream::new_raw_encoder(&filters).map_err(io::Error::from)?))
+    }
+
+    /// Encodes `input` and appends what comes of it to `out`; with `finish`, the end of the data too.
+    pub(super) fn run(&mut self, mut input: &[u8], finish: bool, out: &mut Vec<u8>) -> io::Result<()> {
+        let action = if finish { Action::Finish } else { Action::Run };
+        while finish || !input.is_empty() {
+            out.reserve(1 << 16);
+            let (before_in, before_out) = (self.0.total_in(), out.len());
+            match self.0.process_vec(input, out, action) {
+                Ok(Status::StreamEnd) => return Ok(()),
+                Ok(_) => {}
+                Err(e) => return Err(e.into()),
+            }
+            let taken = (self.0.total_in() - before_in) as usize;
+            input = &input[taken..];
+            if taken == 0 && out.len() == before_out && out.capacity() - out.len() >= 1 << 16 {
+                return Err(io::Error::other("xz: the encoder makes no progress"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// LZMA2 data in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Data {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) plain_len: u64,
+    pub(super) dict: u32,
+}
+
+const HEADER: u64 = 12;
+const HEADER_MAGIC: &[u8] = b"\xfd7zXZ\0";
+const FOOTER_MAGIC: &[u8] = b"YZ";
+/// The longest index that is read: two million blocks.
+const MAX_INDEX: u64 = 16 << 20;
+/// The length of a check by its number.
+const CHECKS: [u64; 16] = [0, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64];
+/// The number of the LZMA2 filter.
+const LZMA2: u64 = 0x21;
+
+/// The LZMA2 data of all blocks of `file`, in order; the reason when there is anything else. The file was decoded before,
+/// so its checksums are right.
+pub(super) fn blocks(file: &dyn Source) -> io::Result<Result<Vec<Data>, String>> {
+    let mut streams = Vec::new();
+    let mut end = file.len();
+    let get = |at: Option<u64>, n: u64| -> io::Result<Option<Vec<u8>>> {
+        let Some(at) = at.filter(|at| at.checked_add(n).is_some_and(|end| end <= file.len())) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; n as usize];
+        file.read_at(at, &mut bytes)?;
+        Ok(Some(bytes))
+    };
+    // From the end to the start, as only footers say where indexes are.
+    while end > 0 {
+        let Some(footer) = get(end.checked_sub(HEADER), HEADER)? else {
+            return Ok(Err("a stream is cut short".into()));
+        };
+        if footer[8..] == [0; 4] {
+            end -= 4;
+            continue;
+        }
+        let index_len = (u64::from(le32(&footer, 4)) + 1) * 4;
+        if footer[10..] != *FOOTER_MAGIC || index_len > MAX_INDEX {
+            return Ok(Err("no footer where one should be".into()));
+        }
+        let index_at = (end - HEADER).checked_sub(index_len);
+        let Some(index) = get(index_at, index_len)? else {
+            return Ok(Err("an index reaches beyond the file".into()));
+        };
+        let Some(sizes) = index_sizes(&index) else { return Ok(Err("a damaged index".into())) };
+        let total =
+            sizes.iter().try_fold(0u64, |sum, (len, _)| sum.checked_add(len.checked_next_multiple_of(4)?));
+        let start = total
+            .zip(index_at)
+            .and_then(|(total, index_at)| index_at.checked_sub(total)?.checked_sub(HEADER));
+        let Some(header) = get(start, HEADER)?.filter(|h| h.starts_with(HEADER_MAGIC)) else {
+            return Ok(Err("no header where one should be".into()));
+        };
+        let check = CHECKS[usize::from(header[7] & 15)];
+        let mut blocks = Vec::new();
+        let mut at = start.unwrap_or_default() + HEADER;
+        for (len, plain_len) in sizes {
+            let Some(first) = get(Some(at), 1)? else { return Ok(Err("a block is cut short".into())) };
+            let header_len = (u64::from(first[0]) + 1) * 4;
+            let Some(header) = get(Some(at), header_len)? else {
+                return Ok(Err("a block is cut short".into()));
+            };
+            let dict = match dict_of(&header) {
+                Ok(dict) => dict,
+                Err(reason) => return Ok(Err(reason.into())),
+            };
+            let Some(data_len) = len.checked_sub(header_len + check) else {
+                return Ok(Err("a block is cut short".into()));
+            };
+            blocks.push(Data { offset: at + header_len, len: data_len, plain_len, dict });
+            at += len.next_multiple_of(4);
+        }
+        streams.push(blocks);
+        end = start.unwrap_or_default();
+    }
+    Ok(Ok(streams.into_iter().rev().flatten().collect()))
+}
+
+/// A number of up to nine bytes, seven bits in each, the lowest first.
+fn number(bytes: &mut &[u8]) -> Option<u64> {
+    let mut n = 0;
+    for i in 0..9 {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        n |= u64::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return Some(n);
+        }
+    }
+    None
+}
+
+/// For each block its length without padding, and that of its plain bytes.
+fn index_sizes(index: &[u8]) -> Option<Vec<(u64, u64)>> {
+    let mut rest = index.strip_prefix(b"\0")?;
+    let count = number(&mut rest)?;
+    // Two bytes at least for each.
+    if count > index.len() as u64 / 2 {
+        return None;
+    }
+    (0..count).map(|_| Some((number(&mut rest)?, number(&mut rest)?))).collect()
+}
+
+/// The size of the dictionary in the header of a block.
+fn dict_of(header: &[u8]) -> Result<u32, &'static str> {
+    const DAMAGED: &str = "a damaged header of a block";
+    let flags = *header.get(1).ok_or(DAMAGED)?;
+    let mut rest = header.get(2..).ok_or(DAMAGED)?;
+    if flags & 3 != 0 {
+        return Err("it has filters before LZMA2, which are not known here");
+    }
+    for size in [0x40, 0x80] {
+        if flags & size != 0 {
+            number(&mut rest).ok_or(DAMAGED)?;
+        }
+    }
+    let (filter, len) = (number(&mut rest).ok_or(DAMAGED)?, number(&mut rest).ok_or(DAMAGED)?);
+    if filter != LZMA2 || len != 1 {
+        return Err("its filter is not LZMA2");
+    }
+    match rest.first() {
+        Some(&bits) if bits < 40 => Ok((2 | u32::from(bits & 1)) << (bits / 2 + 11)),
+        _ => Err("its dictionary is too large"),
+    }
+}
+
+/// So much of the plain bytes is encoded at first to tell candidates apart; each time that does not do, four times as much.
+const TRY: u64 = 4 << 20;
+/// Candidates that make so many bytes of the data are believed, until all is proven.
+const ENOUGH: usize = 128 << 10;
+
+/// Finds what makes `data` of `file` of plain bytes that start at `start` of `plain`: the candidates that make its
+/// beginning, most likely first. Takes `memory` bytes, or as many as one encoder needs.
+pub(super) fn find(
+    file: &dyn Source,
+    data: &Data,
+    plain: &dyn Source,
+    start: u64,
+    memory: u64,
+) -> io::Result<Option<Params>> {
+    let mut alive = Params::candidates(data.dict);
+    let mut most = TRY;
+    while let Some(first) = alive.first() {
+        let len = most.min(data.plain_len);
+        let at_a_time = (memory / (first.memory() + (8 << 20))).max(1) as usize;
+        let mut results = Vec::new();
+        for some in alive.chunks(at_a_time) {
+            let run = |params: &Params| makes(params, file, data, plain, start, len);
+            results.extend(some.par_iter().map(run).collect::<io::Result<Vec<_>>>()?);
+        }
+        let compared = results.iter().flatten().copied().min().unwrap_or_default();
+        let mut results = results.into_iter();
+        alive.retain(|_| results.next().flatten().is_some());
+        if len == data.plain_len || compared >= ENOUGH {
+            break;
+        }
+        most *= 4;
+    }
+    Ok(alive.first().copied())
+}
+
+/// Whether the first `len` plain bytes become the first bytes of the data. Gives how many were compared.
+fn makes(
+    params: &Params,
+    file: &dyn Source,
+    data: &Data,
+    plain: &dyn Source,
+    start: u64,
+    len: u64,
+) -> io::Result<Option<usize>> {
+    let mut encoder = Encoder::new(params)?;
+    let (mut buf, mut made, mut wanted) = (vec![0; 1 << 18], Vec::new(), Vec::new());
+    let (mut pos, mut done) = (0, 0u64);
+    loop {
+        let part = &mut buf[..(len - pos).min(1 << 18) as usize];
+        plain.read_at(start + pos, part)?;
+        pos += part.len() as u64;
+        made.clear();
+        encoder.run(part, pos == data.plain_len, &mut made)?;
+        let end = done + made.len() as u64;
+        if end > data.len || pos == data.plain_len && end != data.len {
+            return Ok(None);
+        }
+        wanted.resize(made.len(), 0);
+        file.read_at(data.offset + done, &mut wanted)?;
+        if made != wanted {
+            return Ok(None);
+        }
+        done = end;
+        if pos == len {
+            return Ok(Some(done as usize));
+        }
+    }
+}
+
+/// A block to be made: its parameters and the lengths of its plain bytes and of its data.
+#[derive(Clone, Copy)]
+pub(super) struct Job {
+    pub(super) params: Params,
+    pub(super) plain_len: u64,
+    pub(super) folded_len: u64,
+}
+
+impl Job {
+    /// How many such blocks may be made at a time with `memory` bytes: each needs an encoder, its plain bytes, those
+    /// of the next one, and its data.
+    pub(super) fn at_a_time(&self, memory: u64) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let each = self.params.memory().saturating_add(self.plain_len).saturating_add(self.folded_len);
+        cores.min((memory.saturating_sub(self.plain_len) / each) as usize)
+    }
+
+    fn read(&self, plain: &mut dyn Read) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.plain_len as usize];
+        plain.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn encode(&self, plain: &[u8]) -> io::Result<Vec<u8>> {
+        let mut encoder = Encoder::new(&self.params)?;
+        let mut out = Vec::with_capacity(1 << 20);
+        let mut parts = plain.chunks(1 << 20).peekable();
+        while let Some(part) = parts.next() {
+            encoder.run(part, parts.peek().is_none(), &mut out)?;
+            if out.len() as u64 > self.folded_len {
+                break;
+            }
+        }
+        if out.len() as u64 != self.folded_len {
+            return Err(bad("a block of another length than the map says"));
+        }
+        Ok(out)
+    }
+}
+
+fn bad(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("fold: {what}"))
+}
+
+/// What comes next of a file that is made.
+pub(super) enum Next<'a> {
+    /// These bytes.
+    Literal(&'a [u8]),
+    /// A block.
+    Block(Job),
+}
+
+impl Next<'_> {
+    pub(super) fn job(&self) -> Option<&Job> {
+        match self {
+            Self::Literal(_) => None,
+            Self::Block(job) => Some(job),
+        }
+    }
+}
+
+/// What is to be written, in order: at hand, or on its way.
+enum Ready<'scope, 'a> {
+    Literal(&'a [u8]),
+    Block(ScopedJoinHandle<'scope, io::Result<Vec<u8>>>),
+}
+
+/// Makes blocks of `plain`, `at_a_time` of them at once, and writes them and what is between them to `out`. The plain
+/// bytes of the next block are read while those before are encoded.
+pub(super) fn encode_all<'a>(
+    parts: impl IntoIterator<Item = Next<'a>>,
+    at_a_time: usize,
+    plain: &mut dyn Read,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let mut queue = VecDeque::new();
+        let mut running = 0;
+        for part in parts {
+            let ready = match part {
+                Next::Literal(bytes) => Ready::Literal(bytes),
+                Next::Block(job) => {
+                    let bytes = job.read(plain)?;
+                    while running >= at_a_time {
+                        running -= usize::from(write_first(&mut queue, out)?);
+                    }
+                    running += 1;
+                    Ready::Block(scope.spawn(move || job.encode(&bytes)))
+                }
+            };
+            queue.push_back(ready);
+        }
+        while !queue.is_empty() {
+            write_first(&mut queue, out)?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes what is first in the queue, when it is ready. Whether it was a block.
+fn write_first(queue: &mut VecDeque<Ready<'_, '_>>, out: &mut dyn Write) -> io::Result<bool> {
+    match queue.pop_front() {
+        Some(Ready::Literal(bytes)) => out.write_all(bytes).map(|()| false),
+        Some(Ready::Block(thread)) => {
+            let made = thread.join().map_err(|_| io::Error::other("an encoder panicked"))??;
+            out.write_all(&made).map(|()| true)
+        }
+        None => Ok(false),
+    }
+}
