@@ -6,15 +6,19 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
+use indicatif::HumanBytes;
 use rehydrator::cli::{self, Build, Cli, Command};
 use rehydrator::dehydrate::{self, dehydrate};
 use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::progress::Progress;
+use rehydrator::pull::cache::{self, Cache};
+use rehydrator::pull::{self, Owners};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
+use rehydrator::transport::{self, Platform};
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
 use rehydrator::{download, memory, oci, report};
@@ -81,6 +85,19 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Verify(args) => {
             let options = rehydrate::Options { memory: quarter(), validate: true, force: false };
             verify(&args.data.data, args.rehydrate.then_some(&options), progress)
+        }
+        Command::Pull(args) => run_pull(&args, progress, &mut out),
+        Command::Purge(args) => {
+            let cache = cache_of(&args.cache)?.context("there is no cache")?;
+            let purged = cache.purge(args.older_than, args.keep_bytes)?;
+            Ok(writeln!(
+                out,
+                "{} of {} blobs removed, {}; {} in use",
+                purged.removed,
+                purged.removed + purged.kept,
+                HumanBytes(purged.bytes),
+                purged.in_use
+            )?)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
@@ -151,6 +168,39 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             image(&workdir, i, out)?;
             workdir.clean()
         }
+    }
+}
+
+/// Unpacks an image.
+fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    let options = pull::Options {
+        platform: Platform { os: args.os.clone(), arch: args.arch.clone(), variant: args.variant.clone() },
+        force: args.force,
+        cache: cache_of(&args.cache)?,
+        owners: match (args.rootless, root) {
+            (true, _) => Owners::Recorded,
+            (false, true) => Owners::Set,
+            (false, false) => Owners::Dropped,
+        },
+        max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
+    };
+    let transport = transport::open(&args.reference)?;
+    let pulled = pull::pull(&*transport, &args.dir, &options, progress)
+        .with_context(|| format!("image {}", args.reference))?;
+    tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);
+    Ok(writeln!(out, "{}", pulled.digest.oci())?)
+}
+
+/// The cache of layers, if there is to be one.
+fn cache_of(args: &cli::CacheArgs) -> Result<Option<Cache>> {
+    match &args.cache {
+        Some(dir) if dir.as_os_str() == cache::NONE => Ok(None),
+        Some(dir) => Cache::open(dir).map(Some),
+        // Where nobody asked for one, there need not be one.
+        None => Ok(cache::default_dir().and_then(|dir| {
+            Cache::open(&dir).inspect_err(|e| tracing::warn!("layers are not kept: {e:#}")).ok()
+        })),
     }
 }
 
