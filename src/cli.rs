@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::dehydrate::Profile;
 use crate::progress::Mode;
+use crate::registry::{self, Credentials, Reference};
 use crate::rehydrate::Which;
+
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
 #[command(name = "rehydrator", version, propagate_version = true)]
@@ -40,6 +42,8 @@ pub enum Command {
     Pull(Pull),
     /// Remove layers from the cache of `pull` that nobody uses
     Purge(Purge),
+    /// Print the digest of an image in a registry
+    Digest(DigestArgs),
     /// Print shell completions
     Completions {
         /// The shell
@@ -168,6 +172,55 @@ pub struct ImageArgs {
     pub output: String,
 }
 
+/// How to speak to registries.
+#[derive(Clone, Debug, Args)]
+pub struct RegistryArgs {
+    /// Credentials: a file as podman and docker keep it, or the key of a Google service account [default:
+    /// $REGISTRY_AUTH_FILE, then the files of podman, skopeo and docker]
+    #[arg(long, value_name = "FILE")]
+    pub authfile: Option<PathBuf>,
+    /// Credentials, instead of those in files
+    #[arg(long, value_name = "USER:PASSWORD", value_parser = parse_credentials)]
+    pub creds: Option<Credentials>,
+    /// Whether registries must prove who they are; if not, those that have no TLS will do too
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, default_value_t = true,
+        num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub tls_verify: bool,
+    /// Certificates of authorities (*.crt) and our own (*.cert, *.key) [default: those for the registry in
+    /// /etc/containers/certs.d]
+    #[arg(long, value_name = "DIR")]
+    pub cert_dir: Option<PathBuf>,
+}
+
+impl RegistryArgs {
+    /// As options of a client.
+    pub fn options(&self) -> registry::Options {
+        registry::Options {
+            credentials: self.creds.clone(),
+            authfile: self.authfile.clone(),
+            tls_verify: self.tls_verify,
+            cert_dir: self.cert_dir.clone(),
+            ..registry::Options::default()
+        }
+    }
+}
+
+/// Options of `digest`.
+#[derive(Clone, Debug, Args)]
+pub struct DigestArgs {
+    /// The image: NAME, HOST/NAME:TAG, NAME@sha256:HEX
+    pub reference: Reference,
+    /// Of an image for several platforms, the one for this architecture [default: the index of all]
+    #[arg(long)]
+    pub arch: Option<String>,
+    /// Of an image for several platforms, the one for this operating system [default: linux, if --arch is given]
+    #[arg(long)]
+    pub os: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
 /// Where a dehydrated directory is.
 #[derive(Clone, Debug, Args)]
 pub struct Data {
@@ -278,6 +331,9 @@ pub struct Pull {
     /// Fail when the files take more than this together [default: 64G]
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub max_size: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
 }
 
 /// Options of `purge`.
@@ -307,6 +363,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     let seconds = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
     seconds.map(Duration::from_secs).ok_or_else(|| format!("not a time: {text:?}"))
+}
+
+/// Parses `USER:PASSWORD`.
+fn parse_credentials(text: &str) -> Result<Credentials, String> {
+    // The text is not shown: it may be a password.
+    Credentials::parse(text).ok_or_else(|| "expected USER:PASSWORD".into())
 }
 
 /// Parses `512M`, `2G`, `1048576`: binary multiples.

@@ -1,20 +1,24 @@
-//! HTTP: gets a small document, or a large file that is continued where an earlier attempt or run stopped.
+//! HTTP: gets a small document, or a large file that is continued where an earlier attempt or run stopped; for
+//! [`crate::registry`] also single requests of any kind, and the counting of attempts and waits around them.
 //!
 //! Blocking outside, tokio and reqwest inside; one [`Http`] serves any number of threads. Proxies come from the usual
-//! environment variables. Nothing is verified here: that is up to [`crate::download`].
+//! environment variables. Nothing is verified here: that is up to [`crate::download`] and [`crate::registry`].
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use bytes::Bytes;
+use futures_util::stream;
 use reqwest::header::{
     ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_RANGE,
     RANGE, RETRY_AFTER,
 };
-use reqwest::{Client, Method, Response, StatusCode, redirect};
-use tokio::runtime::{Builder, Runtime};
+use reqwest::{Certificate, Client, Identity, Method, Response, StatusCode, redirect};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::mpsc;
 
 use crate::progress::Task;
 
@@ -22,7 +26,7 @@ use crate::progress::Task;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time without a single byte after which a transfer counts as broken.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The longest that is waited between two attempts when the server does not say how long.
 const MAX_DELAY: Duration = Duration::from_secs(60);
@@ -35,6 +39,18 @@ const WORTHWHILE: u64 = 1 << 20;
 
 /// The longest `ETag` that is kept, in bytes.
 const MAX_ETAG: usize = 1024;
+
+/// A body that is sent from a reader goes in pieces of this many bytes, of which [`AHEAD`] wait at most.
+const PIECE: usize = 256 << 10;
+
+/// Pieces of a body that are read ahead of the connection.
+const AHEAD: usize = 2;
+
+/// How much of the body of a refusal is read for the reason in it, in bytes.
+const MAX_REASON: u64 = 64 << 10;
+
+/// The longest reason that is shown, in characters.
+const MAX_SHOWN: usize = 300;
 
 /// How often to try, and how long to wait in between.
 #[derive(Clone, Copy, Debug)]
@@ -51,48 +67,84 @@ impl Default for Retry {
     }
 }
 
-/// Why something could not be had.
+/// Which servers are trusted, and who we are to them.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// Whether the certificate of a server is checked at all.
+    pub verify: bool,
+    /// Certificates of further authorities, in PEM.
+    pub roots: Vec<u8>,
+    /// Our own certificate and its key, in PEM.
+    pub identity: Option<Vec<u8>>,
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self { verify: true, roots: Vec::new(), identity: None }
+    }
+}
+
+/// How a client behaves.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How often it tries.
+    pub retry: Retry,
+    /// Time without a single byte of an answer after which a request counts as failed. Sending the body is part of it.
+    pub stall: Duration,
+    /// Whom it trusts.
+    pub tls: Tls,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { retry: Retry::default(), stall: STALL_TIMEOUT, tls: Tls::default() }
+    }
+}
+
+/// Why something could not be had. `request` is the method and the URL, such as `GET https://example.com/`.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
     /// The server says no, and will again.
-    #[error("GET {url}: {status}")]
+    #[error("{request}: {status}{reason}")]
     Status {
         /// What was asked for.
-        url: String,
+        request: String,
         /// The answer.
         status: StatusCode,
+        /// What else the server says, after `: `, where it says anything that is known how to read.
+        reason: String,
     },
     /// It did not work out this often.
-    #[error("GET {url}: gave up after {attempts} attempts: {last}")]
+    #[error("{request}: gave up after {attempts} attempts: {last}")]
     GaveUp {
         /// What was asked for.
-        url: String,
+        request: String,
         /// How often.
         attempts: u32,
         /// What happened last.
         last: String,
     },
     /// The server asks to wait for too long.
-    #[error("GET {url}: the server asks to wait for {} s", .wait.as_secs())]
+    #[error("{request}: the server asks to wait for {} s", .wait.as_secs())]
     Wait {
         /// What was asked for.
-        url: String,
+        request: String,
         /// How long.
         wait: Duration,
     },
     /// It is longer than it may be.
-    #[error("GET {url}: more than {limit} bytes")]
+    #[error("{request}: more than {limit} bytes")]
     TooLong {
         /// What was asked for.
-        url: String,
+        request: String,
         /// In bytes.
         limit: u64,
     },
     /// Not a URL, or too many redirects, or one from https to http.
-    #[error("GET {url}: {why}")]
+    #[error("{request}: {why}")]
     Request {
         /// What was asked for.
-        url: String,
+        request: String,
         /// What is wrong with it.
         why: String,
     },
@@ -108,15 +160,143 @@ pub enum HttpError {
 }
 
 /// How an attempt failed.
-enum Failure {
+#[derive(Debug)]
+pub enum Failure {
+    /// Another one would too.
     Final(HttpError),
+    /// Another one may not.
     Again {
+        /// What happened.
         why: String,
         /// How long the server asks to wait.
         after: Option<Duration>,
         /// Bytes that this attempt brought all the same.
         got: u64,
     },
+}
+
+impl Failure {
+    /// One that may go away, of an attempt that brought nothing.
+    pub fn again(why: impl Into<String>) -> Self {
+        Self::Again { why: why.into(), after: None, got: 0 }
+    }
+}
+
+/// What a request carries.
+pub enum Body<'a> {
+    /// Nothing.
+    None,
+    /// Bytes in memory.
+    Bytes(Bytes),
+    /// The next bytes of a reader, so many of them.
+    Reader(&'a mut dyn Read, u64),
+}
+
+/// Counts the attempts at one thing, and waits between them.
+pub struct Attempts {
+    retry: Retry,
+    request: String,
+    failed: u32,
+}
+
+impl Attempts {
+    /// An attempt failed: waits until it is time for the next one, or says why there is none.
+    pub fn failed(&mut self, failure: Failure) -> Result<(), HttpError> {
+        let (why, after, got) = match failure {
+            Failure::Final(e) => return Err(e),
+            Failure::Again { why, after, got } => (why, after, got),
+        };
+        self.failed = if got >= WORTHWHILE { 1 } else { self.failed + 1 };
+        let request = || self.request.clone();
+        if self.failed >= self.retry.attempts {
+            return Err(HttpError::GaveUp { request: request(), attempts: self.failed, last: why });
+        }
+        let backoff = self.retry.delay.saturating_mul(1 << (self.failed - 1).min(16)).min(MAX_DELAY);
+        let wait = after.unwrap_or(backoff);
+        if wait > MAX_RETRY_AFTER {
+            return Err(HttpError::Wait { request: request(), wait });
+        }
+        tracing::info!("{}: {why}; trying again in {:.1} s", self.request, wait.as_secs_f64());
+        std::thread::sleep(wait);
+        Ok(())
+    }
+}
+
+/// The answer to a request; its body is read by and by.
+pub struct Answer {
+    request: String,
+    runtime: Handle,
+    response: Response,
+    got: u64,
+}
+
+impl Answer {
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.response.status()
+    }
+
+    /// The headers.
+    pub fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// The value of a header that is there, and text.
+    pub fn header(&self, name: impl reqwest::header::AsHeaderName) -> Option<&str> {
+        self.headers().get(name)?.to_str().ok()
+    }
+
+    /// Where the part of a file that this is starts, and how long the file is.
+    pub fn range(&self) -> Option<ContentRange> {
+        ContentRange::parse(self.header(CONTENT_RANGE)?)
+    }
+
+    /// The next bytes of the body; `None` at its end.
+    pub fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+        let chunk = self.runtime.block_on(self.response.chunk());
+        let chunk = chunk.map_err(|e| failure(&self.request, &e, self.got))?;
+        self.got += chunk.as_ref().map_or(0, |c| c.len() as u64);
+        Ok(chunk)
+    }
+
+    /// All of the body, which may have at most `limit` bytes.
+    pub fn document(mut self, limit: u64) -> Result<Vec<u8>, Failure> {
+        let mut bytes = Vec::new();
+        while let Some(chunk) = self.chunk()? {
+            if (bytes.len() + chunk.len()) as u64 > limit {
+                return Err(Failure::Final(HttpError::TooLong { request: self.request, limit }));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(bytes)
+    }
+
+    /// Whether the server may answer otherwise later.
+    pub fn is_temporary(&self) -> bool {
+        let status = self.status();
+        let temporary = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+        temporary.contains(&status) || status.is_server_error()
+    }
+
+    /// What an answer that is no success means.
+    pub fn refused(self) -> Failure {
+        let (request, status) = (self.request.clone(), self.status());
+        if !self.is_temporary() {
+            let reason = self.document(MAX_REASON).map(|body| reason(&body)).unwrap_or_default();
+            return Failure::Final(HttpError::Status { request, status, reason });
+        }
+        let after = self.header(RETRY_AFTER).and_then(retry_after);
+        Failure::Again { why: status.to_string(), after, got: 0 }
+    }
+}
+
+/// The reason in the body of a refusal: what registries send, `{"errors":[{"code":…,"message":…}]}`. After `: `.
+fn reason(body: &[u8]) -> String {
+    let Ok(body) = serde_json::from_slice::<serde_json::Value>(body) else { return String::new() };
+    let error = &body["errors"][0];
+    let text = [&error["message"], &error["code"]].into_iter().find_map(|v| v.as_str()).unwrap_or_default();
+    let text: String = text.chars().filter(|c| !c.is_control()).take(MAX_SHOWN).collect();
+    if text.is_empty() { text } else { format!(": {text}") }
 }
 
 /// An HTTP client.
@@ -129,6 +309,11 @@ pub struct Http {
 impl Http {
     /// A client that tries as often as `retry` says.
     pub fn new(retry: Retry) -> Result<Self> {
+        Self::with(&Settings { retry, ..Settings::default() })
+    }
+
+    /// A client with these settings.
+    pub fn with(settings: &Settings) -> Result<Self> {
         // An error only says that there is a provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         // Two threads move the bytes; hashing and writing is done by those who call.
@@ -136,11 +321,13 @@ impl Http {
         let mut headers = HeaderMap::new();
         // The bytes of the file, not a compressed form of them: digests and ranges are of the file.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let client = Client::builder()
+        let mut client = Client::builder()
             .user_agent(concat!("rehydrator/", env!("CARGO_PKG_VERSION")))
             .default_headers(headers)
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(STALL_TIMEOUT)
+            .read_timeout(settings.stall)
+            // Bytes on their way to a server that is gone are noticed sooner than the lack of an answer.
+            .tcp_user_timeout(STALL_TIMEOUT)
             .redirect(redirect::Policy::custom(|attempt| {
                 let secure = attempt.previous().iter().any(|url| url.scheme() == "https");
                 if secure && attempt.url().scheme() != "https" {
@@ -151,37 +338,40 @@ impl Http {
             }))
             // Retries are ours alone, so that they are counted once.
             .retry(reqwest::retry::never());
+        let tls = &settings.tls;
+        if !tls.verify {
+            client = client.tls_danger_accept_invalid_certs(true);
+        } else if !tls.roots.is_empty() {
+            client =
+                client.tls_certs_merge(Certificate::from_pem_bundle(&tls.roots).context("certificates")?);
+        }
+        if let Some(identity) = &tls.identity {
+            client = client.identity(Identity::from_pem(identity).context("client certificate")?);
+        }
         Ok(Self {
             runtime: runtime.context("cannot start the HTTP client")?,
             client: client.build().context("cannot start the HTTP client")?,
-            retry,
+            retry: settings.retry,
         })
     }
 
     /// Gets a document of at most `limit` bytes.
     pub fn get(&self, url: &str, limit: u64) -> Result<Vec<u8>, HttpError> {
-        self.retried(url, || {
-            let mut response = self.send(Method::GET, url, &[])?;
-            if response.status() != StatusCode::OK {
-                return Err(refused(url, &response));
+        self.retried(Method::GET, url, || {
+            let answer = self.send(Method::GET, url, &[], Body::None)?;
+            if answer.status() != StatusCode::OK {
+                return Err(answer.refused());
             }
-            let mut bytes = Vec::new();
-            while let Some(chunk) = self.chunk(url, &mut response, bytes.len() as u64)? {
-                if (bytes.len() + chunk.len()) as u64 > limit {
-                    return Err(Failure::Final(HttpError::TooLong { url: url.into(), limit }));
-                }
-                bytes.extend_from_slice(&chunk);
-            }
-            Ok(bytes)
+            answer.document(limit)
         })
     }
 
     /// The length of the file at `url`, if the server tells. Asks once.
     pub fn length(&self, url: &str) -> Option<u64> {
-        let response = self.send(Method::HEAD, url, &[]).ok()?;
+        let answer = self.send(Method::HEAD, url, &[], Body::None).ok()?;
         // Not `content_length()`, which is that of the empty answer.
-        let length = response.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok();
-        length.filter(|_| response.status().is_success())
+        let length = answer.header(CONTENT_LENGTH)?.parse().ok();
+        length.filter(|_| answer.status().is_success())
     }
 
     /// Gets the file at `url` into `partial`, going on behind the bytes that are there already. `etag` is a file
@@ -190,7 +380,7 @@ impl Http {
     /// True when some of the bytes in `partial` were there before.
     pub fn get_file(&self, url: &str, partial: &Path, etag: &Path, task: &Task) -> Result<bool, HttpError> {
         let mut resumed = true;
-        self.retried(url, || self.attempt(url, partial, etag, task, &mut resumed))?;
+        self.retried(Method::GET, url, || self.attempt(url, partial, etag, task, &mut resumed))?;
         Ok(resumed)
     }
 
@@ -214,9 +404,8 @@ impl Http {
             // If the file is another by now, this makes the answer all of it.
             headers.extend(std::fs::read_to_string(etag).ok().map(|tag| (IF_RANGE, tag)));
         }
-        let mut response = self.send(Method::GET, url, &headers)?;
-        let range = response.headers().get(CONTENT_RANGE).and_then(|v| ContentRange::parse(v.to_str().ok()?));
-        match (response.status(), range) {
+        let mut answer = self.send(Method::GET, url, &headers, Body::None)?;
+        match (answer.status(), answer.range()) {
             (StatusCode::PARTIAL_CONTENT, Some(range)) if have > 0 && range.start == Some(have) => {
                 if let Some(total) = range.total {
                     task.set_total(total);
@@ -228,66 +417,96 @@ impl Http {
             (StatusCode::OK, _) => {
                 have = 0;
                 *resumed = false;
-                start_over(&file, etag, response.headers()).map_err(write_failed)?;
-                if let Some(total) = response.content_length() {
+                start_over(&file, etag, answer.headers()).map_err(write_failed)?;
+                if let Some(total) = answer.response.content_length() {
                     task.set_total(total);
                 }
             }
             (StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE, _) if have > 0 => {
                 start_over(&file, etag, &HeaderMap::new()).map_err(write_failed)?;
-                let why = format!("{}: not the range that was asked for", response.status());
-                return Err(Failure::Again { why, after: None, got: 0 });
+                return Err(Failure::again(format!("{}: not the range that was asked for", answer.status())));
             }
-            _ => return Err(refused(url, &response)),
+            _ => return Err(answer.refused()),
         }
         task.restart(have);
-        let mut got = 0;
-        while let Some(chunk) = self.chunk(url, &mut response, got)? {
+        while let Some(chunk) = answer.chunk()? {
             file.write_all(&chunk).map_err(write_failed)?;
-            got += chunk.len() as u64;
             task.advance(chunk.len() as u64);
         }
         file.sync_all().map_err(write_failed)
     }
 
-    fn send(&self, method: Method, url: &str, headers: &[(HeaderName, String)]) -> Result<Response, Failure> {
+    /// Sends one request, once. Any answer is one, whatever its status.
+    pub fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: &[(HeaderName, String)],
+        body: Body<'_>,
+    ) -> Result<Answer, Failure> {
+        let name = format!("{method} {url}");
         let mut request = self.client.request(method, url);
         for (name, value) in headers {
             request = request.header(name, value);
         }
-        self.runtime.block_on(async { request.send().await }).map_err(|e| failure(url, &e, 0))
+        let response = match body {
+            Body::None => self.runtime.block_on(request.send()),
+            Body::Bytes(bytes) => self.runtime.block_on(request.body(bytes).send()),
+            Body::Reader(reader, len) => {
+                let (to, mut from) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
+                let body = reqwest::Body::wrap_stream(stream::poll_fn(move |cx| from.poll_recv(cx)));
+                let sending = self.runtime.spawn(request.header(CONTENT_LENGTH, len).body(body).send());
+                let read = feed(reader, len, &to);
+                drop(to);
+                let response = self.runtime.block_on(sending);
+                if let Err(e) = read {
+                    return Err(Failure::Final(HttpError::Request { request: name, why: e.to_string() }));
+                }
+                response.map_err(|e| Failure::again(e.to_string()))?
+            }
+        };
+        let response = response.map_err(|e| failure(&name, &e, 0))?;
+        Ok(Answer { request: name, runtime: self.runtime.handle().clone(), response, got: 0 })
     }
 
-    fn chunk(
+    /// Begins to count attempts at what `method` asks of `url`.
+    pub fn attempts(&self, method: &Method, url: &str) -> Attempts {
+        Attempts { retry: self.retry, request: format!("{method} {url}"), failed: 0 }
+    }
+
+    /// Attempts something until it works, or does not any more.
+    pub fn retried<T>(
         &self,
+        method: Method,
         url: &str,
-        response: &mut Response,
-        got: u64,
-    ) -> Result<Option<impl AsRef<[u8]> + std::ops::Deref<Target = [u8]>>, Failure> {
-        self.runtime.block_on(async { response.chunk().await }).map_err(|e| failure(url, &e, got))
-    }
-
-    fn retried<T>(&self, url: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, HttpError> {
-        let mut failed = 0;
+        mut attempt: impl FnMut() -> Result<T, Failure>,
+    ) -> Result<T, HttpError> {
+        let mut attempts = self.attempts(&method, url);
         loop {
-            let (why, after, got) = match attempt() {
+            match attempt() {
                 Ok(value) => return Ok(value),
-                Err(Failure::Final(e)) => return Err(e),
-                Err(Failure::Again { why, after, got }) => (why, after, got),
-            };
-            failed = if got >= WORTHWHILE { 1 } else { failed + 1 };
-            if failed >= self.retry.attempts {
-                return Err(HttpError::GaveUp { url: url.into(), attempts: failed, last: why });
+                Err(failure) => attempts.failed(failure)?,
             }
-            let backoff = self.retry.delay.saturating_mul(1 << (failed - 1).min(16)).min(MAX_DELAY);
-            let wait = after.unwrap_or(backoff);
-            if wait > MAX_RETRY_AFTER {
-                return Err(HttpError::Wait { url: url.into(), wait });
-            }
-            tracing::info!("GET {url}: {why}; trying again in {:.1} s", wait.as_secs_f64());
-            std::thread::sleep(wait);
         }
     }
+}
+
+/// Reads `len` bytes and passes them on, as long as anybody takes them. An error is one of the reader.
+fn feed(reader: &mut dyn Read, len: u64, to: &mpsc::Sender<io::Result<Bytes>>) -> io::Result<()> {
+    let mut left = len;
+    while left > 0 {
+        let mut piece = vec![0; left.min(PIECE as u64) as usize];
+        if let Err(e) = reader.read_exact(&mut piece) {
+            // The request must not look as if it had ended.
+            let _ = to.blocking_send(Err(io::ErrorKind::BrokenPipe.into()));
+            return Err(e);
+        }
+        left -= piece.len() as u64;
+        if to.blocking_send(Ok(piece.into())).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Empties the file, and keeps the version that is about to be written to it.
@@ -306,9 +525,12 @@ fn start_over(file: &File, etag: &Path, headers: &HeaderMap) -> io::Result<()> {
 }
 
 /// `Content-Range`: where the part starts, and how long the file is.
-struct ContentRange {
-    start: Option<u64>,
-    total: Option<u64>,
+#[derive(Clone, Copy, Debug)]
+pub struct ContentRange {
+    /// The first byte.
+    pub start: Option<u64>,
+    /// The length of the whole.
+    pub total: Option<u64>,
 }
 
 impl ContentRange {
@@ -318,17 +540,6 @@ impl ContentRange {
         let start = range.split_once('-').and_then(|(start, _)| start.parse().ok());
         Some(Self { start, total: total.parse().ok() })
     }
-}
-
-/// What an answer that is no success means.
-fn refused(url: &str, response: &Response) -> Failure {
-    let status = response.status();
-    let temporary = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&status);
-    if !temporary && !status.is_server_error() {
-        return Failure::Final(HttpError::Status { url: url.into(), status });
-    }
-    let after = response.headers().get(RETRY_AFTER).and_then(|v| retry_after(v.to_str().ok()?));
-    Failure::Again { why: status.to_string(), after, got: 0 }
 }
 
 /// `Retry-After`: seconds, or a date.
@@ -341,19 +552,28 @@ fn retry_after(text: &str) -> Option<Duration> {
 }
 
 /// What an error on the way means: those that will not go away are final.
-fn failure(url: &str, error: &reqwest::Error, got: u64) -> Failure {
+fn failure(request: &str, error: &reqwest::Error, got: u64) -> Failure {
     // The error itself says no more than "error sending request"; its causes say what happened.
     let mut why = String::new();
+    let mut lasting = error.is_builder() || error.is_redirect();
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
     while let Some(e) = cause {
         why = if why.is_empty() { e.to_string() } else { format!("{why}: {e}") };
+        lasting |= untrusted(e);
         cause = e.source();
     }
     if why.is_empty() {
         why = error.to_string();
     }
-    if error.is_builder() || error.is_redirect() {
-        return Failure::Final(HttpError::Request { url: url.into(), why });
+    if lasting {
+        return Failure::Final(HttpError::Request { request: request.into(), why });
     }
     Failure::Again { why, after: None, got }
+}
+
+/// Whether a certificate was refused, or the server does not speak TLS at all.
+fn untrusted(e: &(dyn std::error::Error + 'static)) -> bool {
+    let inner = e.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    let tls = e.downcast_ref::<rustls::Error>().or_else(|| inner?.downcast_ref());
+    matches!(tls, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::InvalidMessage(_)))
 }

@@ -1,7 +1,8 @@
 //! Readers and writers that more than one module needs; each does one thing.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::path::Path;
 
 /// Zeros are found and skipped in pieces of this many bytes: the block size of the file systems we write to.
 pub const ZERO_BLOCK: usize = 4096;
@@ -67,7 +68,17 @@ impl Write for SparseWriter {
     }
 }
 
+/// All of a file of at most `limit` bytes.
+pub fn read_limited(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
 /// An unnamed file in `dir` that is gone when it is closed.
-pub fn scratch_file(dir: &std::path::Path) -> io::Result<File> {
+pub fn scratch_file(dir: &Path) -> io::Result<File> {
     tempfile::tempfile_in(dir)
 }

@@ -26,6 +26,7 @@ pub mod produce;
 pub mod progress;
 pub mod pull;
 pub mod recipe;
+pub mod registry;
 pub mod rehydrate;
 pub mod report;
 pub mod sink;

@@ -15,10 +15,11 @@ use rehydrator::inspect::inspect;
 use rehydrator::progress::Progress;
 use rehydrator::pull::cache::{self, Cache};
 use rehydrator::pull::{self, Owners};
+use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
-use rehydrator::transport::{self, Platform};
+use rehydrator::transport;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
 use rehydrator::{download, memory, oci, report};
@@ -98,6 +99,16 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
                 HumanBytes(purged.bytes),
                 purged.in_use
             )?)
+        }
+        Command::Digest(args) => {
+            let client = Client::new(args.registry.options());
+            let digest = match (&args.arch, &args.os) {
+                (None, None) => client.digest(&args.reference)?,
+                (arch, os) => {
+                    client.resolve(&args.reference, &Platform::new(os.as_deref(), arch.as_deref()))?
+                }
+            };
+            Ok(writeln!(out, "{}", digest.oci())?)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
@@ -185,7 +196,7 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         },
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
-    let transport = transport::open(&args.reference)?;
+    let transport = transport::open(&args.reference, args.registry.options())?;
     let pulled = pull::pull(&*transport, &args.dir, &options, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);

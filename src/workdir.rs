@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +16,7 @@ use reqwest::StatusCode;
 
 use crate::catalog::{Catalog, SIGNATURE};
 use crate::http::{Http, HttpError};
+pub use crate::io::read_limited;
 use crate::openpgp::MAX_SIGNATURE;
 use crate::stream::{self, MAX_STREAM, Stream};
 
@@ -137,16 +138,6 @@ fn fetch(url: &str, http: &Http) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
         Err(e) => return Err(e.into()),
     };
     Ok((document, signature))
-}
-
-/// All of a file of at most `limit` bytes.
-pub fn read_limited(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > limit {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {limit} bytes")));
-    }
-    Ok(bytes)
 }
 
 /// Writes a file that is there either as it was or whole.

@@ -17,6 +17,7 @@ const ORDER: &[&str] = &[
     "catalog",
     "openpgp",
     "http",
+    "registry",
     "workdir",
     "download",
     "source",

@@ -34,7 +34,8 @@ pub use self::tree::Owners;
 use self::unpack::Unpacker;
 use crate::digest::{Digest, Hasher};
 use crate::progress::Progress;
-use crate::transport::{self, Image, Platform, Transport};
+use crate::registry::Platform;
+use crate::transport::{self, Image, Transport};
 
 /// How many blobs are fetched at once.
 const PARALLEL: usize = 4;

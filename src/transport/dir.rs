@@ -7,7 +7,7 @@ use anyhow::Result;
 use oci_spec::image::Descriptor;
 
 use super::files::Files;
-use super::{Document, MAX_DOCUMENT, Transport, media_type_of};
+use super::{MAX_DOCUMENT, Manifest, Transport, media_type_of};
 use crate::digest::Digest;
 
 /// An image in a directory of its own.
@@ -20,15 +20,15 @@ impl Dir {
 }
 
 impl Transport for Dir {
-    fn root(&self) -> Result<Document> {
+    fn root(&self) -> Result<Manifest> {
         let bytes = self.0.read("manifest.json", MAX_DOCUMENT)?;
-        Ok(Document { media_type: media_type_of(&bytes)?, digest: Digest::of(&bytes), bytes })
+        Ok(Manifest { media_type: media_type_of(&bytes)?, digest: Digest::of(&bytes), bytes })
     }
 
-    fn manifest(&self, descriptor: &Descriptor) -> Result<Document> {
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest> {
         let digest: Digest = descriptor.digest().to_string().parse()?;
         let bytes = self.0.read(&format!("{digest}.manifest.json"), MAX_DOCUMENT)?;
-        Ok(Document { media_type: descriptor.media_type().clone(), bytes, digest })
+        Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
     }
 
     fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {

@@ -13,14 +13,14 @@ use serde::Deserialize;
 
 use super::files::Files;
 use super::layout::split;
-use super::{Document, MAX_DOCUMENT, Transport};
+use super::{MAX_DOCUMENT, Manifest, Transport};
 use crate::digest::Digest;
 use crate::oci::layout::oci_digest;
 
 /// An image in an archive.
 pub(super) struct DockerArchive {
     files: Files,
-    manifest: Document,
+    manifest: Manifest,
     /// Where blobs are.
     names: HashMap<Digest, String>,
 }
@@ -71,7 +71,7 @@ impl DockerArchive {
             .layers(layers)
             .build()?;
         let bytes = serde_json::to_vec(&manifest)?;
-        let manifest = Document { media_type: MediaType::ImageManifest, digest: Digest::of(&bytes), bytes };
+        let manifest = Manifest { media_type: MediaType::ImageManifest, digest: Digest::of(&bytes), bytes };
         Ok(Self { files, manifest, names })
     }
 }
@@ -89,11 +89,11 @@ fn same(tag: &str, name: &str) -> bool {
 }
 
 impl Transport for DockerArchive {
-    fn root(&self) -> Result<Document> {
+    fn root(&self) -> Result<Manifest> {
         Ok(self.manifest.clone())
     }
 
-    fn manifest(&self, descriptor: &Descriptor) -> Result<Document> {
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest> {
         anyhow::bail!("{}: not there: the archive holds single images", descriptor.digest())
     }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
 
 use super::files::Files;
-use super::{Document, MAX_DOCUMENT, Transport};
+use super::{MAX_DOCUMENT, Manifest, Transport};
 use crate::digest::Digest;
 use crate::oci::layout::{INDEX, LAYOUT, blob_path, check_version};
 
@@ -43,7 +43,7 @@ pub(super) fn split(reference: &str) -> (&str, Option<&str>) {
 }
 
 impl Transport for Layout {
-    fn root(&self) -> Result<Document> {
+    fn root(&self) -> Result<Manifest> {
         let index: ImageIndex =
             serde_json::from_slice(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)?;
         let name = |image: &Descriptor| image.annotations().as_ref()?.get(ANNOTATION_REF_NAME).cloned();
@@ -61,10 +61,10 @@ impl Transport for Layout {
         super::checked(self, found)
     }
 
-    fn manifest(&self, descriptor: &Descriptor) -> Result<Document> {
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest> {
         let digest: Digest = descriptor.digest().to_string().parse()?;
         let bytes = self.files.read(&blob_path(digest), MAX_DOCUMENT)?;
-        Ok(Document { media_type: descriptor.media_type().clone(), bytes, digest })
+        Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
     }
 
     fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {

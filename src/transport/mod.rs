@@ -8,10 +8,10 @@
 //! wanted and whether digests are right is up to those who read them.
 
 mod dir;
+mod docker;
 mod docker_archive;
 mod files;
 mod layout;
-mod platform;
 
 use std::io::Read;
 use std::path::Path;
@@ -19,8 +19,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
 
-pub use self::platform::Platform;
 use crate::digest::Digest;
+use crate::registry::{Client, Manifest, Options, Platform, Reference, is_index};
 
 /// The longest manifest or configuration that is read, in bytes: what registries take at most.
 pub const MAX_DOCUMENT: u64 = crate::oci::layout::MAX_DOCUMENT;
@@ -28,24 +28,13 @@ pub const MAX_DOCUMENT: u64 = crate::oci::layout::MAX_DOCUMENT;
 /// How deep indexes may be nested in each other.
 const MAX_NESTED: usize = 4;
 
-/// A manifest, or an index of several.
-#[derive(Clone, Debug)]
-pub struct Document {
-    /// Byte for byte as it is there.
-    pub bytes: Vec<u8>,
-    /// What it is.
-    pub media_type: MediaType,
-    /// The digest of the bytes.
-    pub digest: Digest,
-}
-
 /// A place that an image is read from.
 pub trait Transport: Send + Sync {
     /// What the reference names.
-    fn root(&self) -> Result<Document>;
+    fn root(&self) -> Result<Manifest>;
 
     /// A manifest that an index names. Its digest has been checked.
-    fn manifest(&self, descriptor: &Descriptor) -> Result<Document>;
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest>;
 
     /// The content of a blob from `offset` on. It need not be right: that is checked by those who read it.
     fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>>;
@@ -56,8 +45,9 @@ pub trait Transport: Send + Sync {
     }
 }
 
-/// Opens the place that `reference` names.
-pub fn open(reference: &str) -> Result<Box<dyn Transport>> {
+/// Opens the place that `reference` names. Without a transport it is a name in a registry, which is spoken to as
+/// `options` say.
+pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
     let named = || format!("image {reference}");
     let (transport, rest) = reference.split_once(':').unwrap_or(("", reference));
     let opened: Result<Box<dyn Transport>> = match transport {
@@ -65,7 +55,11 @@ pub fn open(reference: &str) -> Result<Box<dyn Transport>> {
         "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
         "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
         "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
-        _ => bail!("{}: not a place that images are read from", named()),
+        // What is no transport may be a registry with a port, or a name with a tag.
+        _ => reference
+            .parse::<Reference>()
+            .map_err(Into::into)
+            .map(|reference| Box::new(docker::Docker::new(Client::new(options), reference)) as _),
     };
     opened.with_context(named)
 }
@@ -78,7 +72,7 @@ pub struct Image {
     /// The manifest.
     pub manifest: ImageManifest,
     /// What the image was picked from: its own manifest, or the index that names it.
-    pub root: Document,
+    pub root: Manifest,
 }
 
 /// Finds the image for `wanted` at `transport`.
@@ -100,17 +94,17 @@ pub fn image(transport: &dyn Transport, wanted: &Platform) -> Result<Image> {
 }
 
 /// Reads a manifest that `descriptor` names, and checks that it is that one.
-pub fn checked(transport: &dyn Transport, descriptor: &Descriptor) -> Result<Document> {
+pub fn checked(transport: &dyn Transport, descriptor: &Descriptor) -> Result<Manifest> {
     let expected: Digest = descriptor.digest().to_string().parse()?;
     let document = transport.manifest(descriptor)?;
     let found = Digest::of(&document.bytes);
     ensure!(found == expected, "manifest: sha256 mismatch: expected {expected}, got {found}");
     // The index is what was asked for and checked; what a server says besides is not.
-    Ok(Document { media_type: descriptor.media_type().clone(), ..document })
+    Ok(Manifest { media_type: descriptor.media_type().clone(), ..document })
 }
 
 /// Reads the manifest of an image.
-pub fn manifest(document: &Document) -> Result<ImageManifest> {
+pub fn manifest(document: &Manifest) -> Result<ImageManifest> {
     let media_type = document.media_type.to_string();
     ensure!(
         document.media_type == MediaType::ImageManifest || media_type == DOCKER_MANIFEST,
@@ -122,14 +116,6 @@ pub fn manifest(document: &Document) -> Result<ImageManifest> {
 
 /// Docker's name of a manifest.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-
-/// Docker's name of an index.
-const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-
-/// Whether a document is an index of others.
-pub fn is_index(media_type: &MediaType) -> bool {
-    *media_type == MediaType::ImageIndex || media_type.to_string() == DOCKER_INDEX
-}
 
 /// A small blob, whole and checked.
 pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>> {

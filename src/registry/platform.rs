@@ -3,8 +3,11 @@
 use std::fmt;
 
 use anyhow::{Context, Result, ensure};
-use oci_spec::image::{Descriptor, ImageIndex};
+use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use serde::Deserialize;
+
+use super::{Client, Manifest, Reference};
+use crate::digest::Digest;
 
 /// What an image is to be for. What is not given is that of this machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,6 +49,11 @@ fn image_arch(arch: &str) -> &str {
 }
 
 impl Platform {
+    /// The platform of these names.
+    pub fn new(os: Option<&str>, arch: Option<&str>) -> Self {
+        Self { os: os.map(Into::into), arch: arch.map(Into::into), variant: None }
+    }
+
     fn os(&self) -> &str {
         self.os.as_deref().unwrap_or("linux")
     }
@@ -109,6 +117,36 @@ impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.os(), self.arch())?;
         self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
+    }
+}
+
+/// Whether a manifest is an index of others.
+pub(crate) fn is_index(media_type: &MediaType) -> bool {
+    let docker = "application/vnd.docker.distribution.manifest.list.v2+json";
+    *media_type == MediaType::ImageIndex || media_type.to_string() == docker
+}
+
+impl Client {
+    /// The digest of the image for `platform` that `reference` names: itself, or one in an index.
+    pub fn resolve(&self, reference: &Reference, platform: &Platform) -> Result<Digest> {
+        let manifest = self.manifest(reference)?;
+        let at = || reference.to_string();
+        if !is_index(&manifest.media_type) {
+            self.check_platform(reference, &manifest, platform).with_context(at)?;
+            return Ok(manifest.digest);
+        }
+        let index: ImageIndex = serde_json::from_slice(&manifest.bytes).with_context(at)?;
+        platform.pick(&index).and_then(|image| Ok(image.digest().to_string().parse()?)).with_context(at)
+    }
+
+    /// Checks that an image that stands alone is for `platform`.
+    fn check_platform(&self, reference: &Reference, manifest: &Manifest, platform: &Platform) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Image {
+            config: Descriptor,
+        }
+        let image: Image = serde_json::from_slice(&manifest.bytes).context("not an image manifest")?;
+        platform.check(&self.document(reference, &image.config)?).map(drop)
     }
 }
 
