@@ -89,7 +89,10 @@ pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: 
     check_dir(dir, options.force)?;
     let image = transport::image(transport, &options.platform)?;
     let config = transport::document(transport, image.manifest.config()).context("configuration")?;
-    if let Some(notice) = options.platform.check(&config)? {
+    // Of one from an index, the index says what it is for.
+    if image.digest == image.root.digest
+        && let Some(notice) = options.platform.check(&config)?
+    {
         tracing::warn!("{notice}");
     }
     let config: Config = serde_json::from_slice(&config).context("not an image configuration")?;

@@ -178,7 +178,7 @@ impl Tree {
         };
         match self.enter(dir, false) {
             Ok(parent) => Ok(Some(Place { parent, name, path })),
-            Err(e) if matches!(e.downcast_ref(), Some(&(Errno::NOENT | Errno::NOTDIR))) => Ok(None),
+            Err(e) if is_missing(&e) => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -456,7 +456,7 @@ impl Tree {
 
     /// Removes the extended attributes that a directory had from a lower layer.
     fn drop_xattrs(&self, fd: &OwnedFd, attributes: &Attributes<'_>) -> Result<()> {
-        let mut names = match rustix::fs::flistxattr(fd, &mut [0u8; 0][..]) {
+        let mut names = match rustix::fs::flistxattr_query(fd) {
             Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(()),
             len => vec![0; len?],
         };
@@ -502,19 +502,14 @@ impl Tree {
         self.hide(&parent.fd, place.name, made, 0)
     }
 
-    /// Hides what lower layers have in the directory at `place`, or in the root.
-    pub(super) fn opaque(&mut self, place: Option<&Place<'_>>) -> Result<()> {
-        self.last = None;
-        let fd = match place {
-            None => rustix::fs::openat(&self.root.fd, c".", AS_DIR, Mode::empty()),
-            Some(place) => rustix::fs::openat(&place.parent.fd, place.name, AS_DIR, Mode::empty()),
+    /// Hides what lower layers have in the directory of this clean path; one that no layer has, has nothing to hide.
+    pub(super) fn opaque(&mut self, path: &[u8]) -> Result<()> {
+        let dir = match self.enter(path, false) {
+            Err(e) if is_missing(&e) => return Ok(()),
+            dir => dir?,
         };
-        match fd {
-            Ok(fd) => self.hide_all(fd, 0),
-            // A directory that no layer has, has nothing to hide.
-            Err(Errno::NOENT) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
+        self.last = None;
+        self.hide_all(rustix::fs::openat(&dir.fd, c".", AS_DIR, Mode::empty())?, 0)
     }
 
     /// Removes `name`, but for what the current layer made in it, or all of it.
@@ -567,6 +562,11 @@ impl Tree {
         }
         Ok(rustix::fs::fchmod(&fd, Mode::from_raw_mode(dir.mode))?)
     }
+}
+
+/// Whether a directory could not be opened because there is none.
+fn is_missing(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(&(Errno::NOENT | Errno::NOTDIR)))
 }
 
 /// The message `Resource { uid = 1; gid = 2 }`; zeros are left out.

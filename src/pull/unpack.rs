@@ -121,9 +121,7 @@ impl Unpacker {
         let slash = path.iter().rposition(|&b| b == b'/');
         let (dir, name) = slash.map_or((&[][..], &path[..]), |slash| (&path[..slash], &path[slash + 1..]));
         if name == OPAQUE {
-            // The directory may have been made by this layer, but it need not have.
-            let place = if dir.is_empty() { None } else { self.tree.existing(dir)? };
-            return if dir.is_empty() || place.is_some() { self.tree.opaque(place.as_ref()) } else { Ok(()) };
+            return self.tree.opaque(dir);
         }
         if path.split(|&b| b == b'/').any(|part| part.starts_with(AUFS)) {
             return Ok(());

@@ -49,9 +49,8 @@ impl Storage {
 
 /// A small system: a program that runs with its libraries, and one of each thing that a tree can hold.
 fn system(root: &Path) {
-    let program = String::from_utf8(ok(tool("sh").args(["-c", "command -v true"]))).unwrap();
-    let mut files = vec![program.trim().to_owned()];
-    let libraries = String::from_utf8_lossy(&ok(tool("ldd").arg(program.trim()))).into_owned();
+    let mut files = vec!["/usr/bin/true".to_owned()];
+    let libraries = String::from_utf8_lossy(&ok(tool("ldd").arg(&files[0]))).into_owned();
     files.extend(libraries.split_whitespace().filter(|word| word.starts_with('/')).map(Into::into));
     for file in &files {
         let to = root.join(file.trim_start_matches('/'));
@@ -109,7 +108,6 @@ fn system(root: &Path) {
     rustix::fs::setxattr(&capable, "security.capability", &CAPABILITY, XattrFlags::empty()).unwrap();
     let attributes = write("attributes", "attributes");
     rustix::fs::setxattr(&attributes, "user.one", b"1=\n\0 \xFF", XattrFlags::empty()).unwrap();
-    rustix::fs::setxattr(&attributes, "user.two", b"", XattrFlags::empty()).unwrap();
     rustix::fs::setxattr(root.join("owners"), "user.dir", b"dir", XattrFlags::empty()).unwrap();
 
     fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xFF\xFE")), "bytes").unwrap();
@@ -182,14 +180,19 @@ fn trees_are_those_of_umoci_and_podman() {
     copy(&["--dest-compress", "--dest-compress-format=gzip"], &stored, &gzip);
 
     ok(pull(&gzip, &at("gzip")).env("REHYDRATOR_LOG", "off"));
-    let pulled = tree(&at("gzip"));
+    let mut pulled = tree(&at("gzip"));
     ok(tool("chroot").arg(at("gzip")).arg("/bin/true"));
 
     ok(tool("umoci")
         .args(["unpack", "--image"])
         .arg(format!("{}:gzip", at("layout").display()))
         .arg(at("umoci")));
-    assert_same(&pulled, &tree(&at("umoci/rootfs")));
+    let mut unpacked = tree(&at("umoci/rootfs"));
+    // Which no layer describes.
+    for tree in [&mut pulled, &mut unpacked] {
+        tree.remove(&b""[..]);
+    }
+    assert_same(&pulled, &unpacked);
 
     let container = ok(storage.tool("podman").args(["create", "localhost/test:3", "/bin/true"]));
     let container = String::from_utf8(container).unwrap();
@@ -204,9 +207,7 @@ fn trees_are_those_of_umoci_and_podman() {
     }
     let mut expected = pulled.clone();
     expected.remove(&b"dev"[..]);
-    for tree in [&mut exported, &mut expected] {
-        tree.remove(&b""[..]);
-    }
+    exported.remove(&b""[..]);
     assert_same(&expected, &exported);
 
     // The same tree from wherever it comes, and however it is compressed.
@@ -227,7 +228,9 @@ fn trees_are_those_of_umoci_and_podman() {
     places.push(format!("oci-archive:{}.gz", at("oci.tar").display()));
     for place in places {
         ok(pull(&place, &at("other")).env("REHYDRATOR_LOG", "off"));
-        assert_same(&pulled, &tree(&at("other")));
+        let mut other = tree(&at("other"));
+        other.remove(&b""[..]);
+        assert_same(&pulled, &other);
         ok(tool("rm").arg("-r").arg(at("other")));
     }
 
@@ -293,11 +296,11 @@ fn layers_made_by_hand() {
             .args(["unpack", "--image"])
             .arg(format!("{}:latest", at("layout").display()))
             .arg(at("umoci")));
-        // Directories that no layer describes get the time at which they are made.
+        // Whatever else hides or makes something in a directory leaves umoci's times; here they are those of the layer.
         let without = |root: &Path| {
             let mut tree = tree(root);
             tree.remove(&b""[..]);
-            for name in ["h", "h/s"] {
+            for name in ["g", "h", "h/s"] {
                 tree.remove(name.as_bytes());
             }
             tree
