@@ -253,7 +253,7 @@ impl Answer {
 
     /// The next bytes of the body; `None` at its end.
     pub fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
-        let chunk = self.runtime.block_on(self.response.chunk());
+        let chunk = self.runtime.block_on(async { self.response.chunk().await });
         let chunk = chunk.map_err(|e| failure(&self.request, &e, self.got))?;
         self.got += chunk.as_ref().map_or(0, |c| c.len() as u64);
         Ok(chunk)
@@ -449,13 +449,15 @@ impl Http {
         for (name, value) in headers {
             request = request.header(name, value);
         }
+        // Timers begin where requests are made, which must be inside.
         let response = match body {
-            Body::None => self.runtime.block_on(request.send()),
-            Body::Bytes(bytes) => self.runtime.block_on(request.body(bytes).send()),
+            Body::None => self.runtime.block_on(async { request.send().await }),
+            Body::Bytes(bytes) => self.runtime.block_on(async { request.body(bytes).send().await }),
             Body::Reader(reader, len) => {
                 let (to, mut from) = mpsc::channel::<io::Result<Bytes>>(AHEAD);
                 let body = reqwest::Body::wrap_stream(stream::poll_fn(move |cx| from.poll_recv(cx)));
-                let sending = self.runtime.spawn(request.header(CONTENT_LENGTH, len).body(body).send());
+                let request = request.header(CONTENT_LENGTH, len).body(body);
+                let sending = self.runtime.spawn(async { request.send().await });
                 let read = feed(reader, len, &to);
                 drop(to);
                 let response = self.runtime.block_on(sending);
