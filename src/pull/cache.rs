@@ -216,6 +216,9 @@ fn lock(file: &File, path: &Path, how: FlockOperation, cancelled: &AtomicBool) -
     loop {
         match flock(file, how) {
             Ok(()) => return has_name(file, path),
+            // What was fetched while this waited has got its final name, and is read until who fetched it has done
+            // with all of its image, which may well be waiting for this process.
+            Err(Errno::WOULDBLOCK) if !has_name(file, path)? => return Ok(false),
             Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_EVERY),
             Err(Errno::INTR) => {}
             Err(e) => return Err(e).with_context(|| format!("{}: lock failed", path.display())),
@@ -271,6 +274,7 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path().join("sha256")).unwrap().count(), 1);
     }
 
+    /// Who fetched a blob goes on reading it while others wait for it.
     #[test]
     fn two_do_not_fetch_the_same() {
         let dir = tempfile::tempdir().unwrap();

@@ -28,6 +28,9 @@ const MAX_LINKS: usize = 40;
 /// The mode of a directory until all is there.
 const UNFINISHED: Mode = Mode::RWXU;
 
+/// The time of a directory that no layer describes: the same image makes the same tree.
+const UNKNOWN: (i64, u32) = (0, 0);
+
 /// What is opened to be a starting point for names.
 const AS_DIR: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
 
@@ -86,7 +89,7 @@ impl Notices {
 /// What a directory gets in the end.
 struct Final {
     mode: u32,
-    mtime: Option<(i64, u32)>,
+    mtime: (i64, u32),
     depth: u32,
 }
 
@@ -149,7 +152,7 @@ impl Tree {
             openat2: true,
             notices: Notices::default(),
         };
-        tree.dirs.insert(ino, Final { mode: 0o755, mtime: None, depth: 0 });
+        tree.dirs.insert(ino, Final { mode: 0o755, mtime: UNKNOWN, depth: 0 });
         Ok(tree)
     }
 
@@ -278,7 +281,7 @@ impl Tree {
         let ino = rustix::fs::statat(&parent.fd, name, NEVER_FOLLOW)?.st_ino;
         // The number may have been that of a directory that is gone.
         self.made.remove(&ino);
-        self.dirs.insert(ino, Final { mode: 0o755, mtime: None, depth });
+        self.dirs.insert(ino, Final { mode: 0o755, mtime: UNKNOWN, depth });
         Ok(())
     }
 
@@ -450,7 +453,7 @@ impl Tree {
         });
         let ino = rustix::fs::fstat(&fd)?.st_ino;
         let Some(dir) = self.dirs.get_mut(&ino) else { bail!("a directory that nobody made") };
-        (dir.mode, dir.mtime) = (attributes.mode, Some(attributes.mtime));
+        (dir.mode, dir.mtime) = (attributes.mode, attributes.mtime);
         Ok(())
     }
 
@@ -557,9 +560,7 @@ impl Tree {
         let Some(dir) = self.dirs.get(&rustix::fs::fstat(&fd)?.st_ino) else {
             bail!("a directory that nobody made")
         };
-        if let Some(mtime) = dir.mtime {
-            rustix::fs::futimens(&fd, &timestamps(mtime))?;
-        }
+        rustix::fs::futimens(&fd, &timestamps(dir.mtime))?;
         Ok(rustix::fs::fchmod(&fd, Mode::from_raw_mode(dir.mode))?)
     }
 }
