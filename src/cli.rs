@@ -1,6 +1,7 @@
 //! The command line: clap types only. Help text is documentation; shell completions and man pages come from here.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -40,6 +41,10 @@ pub enum Command {
     Inspect(Inspect),
     /// Check every blob and signature of a dehydrated directory, or of an image
     Verify(Verify),
+    /// Unpack an image into a directory
+    Pull(Pull),
+    /// Remove layers from the cache of `pull` that nobody uses
+    Purge(Purge),
     /// Print the digest of an image in a registry
     Digest(DigestArgs),
     /// Keep mirrors
@@ -349,6 +354,79 @@ pub struct Verify {
     /// Rehydrate every artifact too, and check what comes out
     #[arg(long)]
     pub rehydrate: bool,
+}
+
+/// Where layers are kept.
+#[derive(Clone, Debug, Args)]
+pub struct CacheArgs {
+    /// Directory that keeps layers for the next time, or `no` for none [default: /var/cache/rehydrator for root,
+    /// $XDG_CACHE_HOME/rehydrator for others]
+    #[arg(long, env = crate::pull::cache::VARIABLE, value_name = "DIR|no")]
+    pub cache: Option<PathBuf>,
+}
+
+/// Options of `pull`.
+#[derive(Clone, Debug, Args)]
+pub struct Pull {
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR,
+    /// containers-storage:NAME
+    #[arg(value_name = "REF")]
+    pub reference: String,
+    /// The directory to make: it is there when all of the image is in it, and not before
+    pub dir: PathBuf,
+    /// Replace the directory if it is there
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub cache: CacheArgs,
+    /// Of an image for several platforms, the one for this architecture [default: this machine's]
+    #[arg(long)]
+    pub arch: Option<String>,
+    /// Of an image for several platforms, the one for this operating system [default: linux]
+    #[arg(long)]
+    pub os: Option<String>,
+    /// The variant of the architecture, such as v7
+    #[arg(long)]
+    pub variant: Option<String>,
+    /// Do not set owners, which takes root, but record them in the attribute user.rootlesscontainers
+    #[arg(long)]
+    pub rootless: bool,
+    /// Fail when the files take more than this together [default: 64G]
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub max_size: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// Options of `purge`.
+#[derive(Clone, Debug, Args)]
+pub struct Purge {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub cache: CacheArgs,
+    /// Only layers that were last used longer ago than this, such as 12h, 7d, 4w
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub older_than: Option<Duration>,
+    /// Only so many of those used least lately that the rest takes no more than this, such as 20G
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub keep_bytes: Option<u64>,
+}
+
+/// Parses `90s`, `30m`, `12h`, `7d`, `4w`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86400,
+        "w" => 7 * 86400,
+        _ => return Err(format!("not a time: {text:?}")),
+    };
+    let seconds = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+    seconds.map(Duration::from_secs).ok_or_else(|| format!("not a time: {text:?}"))
 }
 
 /// Parses `USER:PASSWORD`.

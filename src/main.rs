@@ -19,11 +19,14 @@ use rehydrator::oci::read::Image;
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
 use rehydrator::progress::Progress;
+use rehydrator::pull::cache::{self, Cache};
+use rehydrator::pull::{self, Owners};
 use rehydrator::recipe::Tier;
 use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
+use rehydrator::transport;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
 use rehydrator::{download, memory, mirror, oci, report};
@@ -109,6 +112,19 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
                 (Some(_), false) => Ok(()),
                 (_, rehydrate) => verify(&store, rehydrate.then_some(&options), progress),
             }
+        }
+        Command::Pull(args) => run_pull(&args, progress, &mut out),
+        Command::Purge(args) => {
+            let cache = cache_of(&args.cache)?.context("there is no cache")?;
+            let purged = cache.purge(args.older_than, args.keep_bytes)?;
+            Ok(writeln!(
+                out,
+                "{} of {} blobs removed, {}; {} in use",
+                purged.removed,
+                purged.removed + purged.kept,
+                HumanBytes(purged.bytes),
+                purged.in_use
+            )?)
         }
         Command::Digest(args) => {
             let client = Client::new(args.registry.options());
@@ -292,6 +308,39 @@ fn run_mirror(command: cli::Mirror, progress: &Progress, out: &mut dyn Write) ->
     }
     anyhow::ensure!(summary.failed.is_empty(), "mirror {}: {} failed", dest.display(), summary.failed.len());
     Ok(())
+}
+
+/// Unpacks an image.
+fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    let options = pull::Options {
+        platform: Platform { os: args.os.clone(), arch: args.arch.clone(), variant: args.variant.clone() },
+        force: args.force,
+        cache: cache_of(&args.cache)?,
+        owners: match (args.rootless, root) {
+            (true, _) => Owners::Recorded,
+            (false, true) => Owners::Set,
+            (false, false) => Owners::Dropped,
+        },
+        max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
+    };
+    let transport = transport::open(&args.reference, args.registry.options())?;
+    let pulled = pull::pull(&*transport, &args.dir, &options, progress)
+        .with_context(|| format!("image {}", args.reference))?;
+    tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);
+    Ok(writeln!(out, "{}", pulled.digest.oci())?)
+}
+
+/// The cache of layers, if there is to be one.
+fn cache_of(args: &cli::CacheArgs) -> Result<Option<Cache>> {
+    match &args.cache {
+        Some(dir) if dir.as_os_str() == cache::NONE => Ok(None),
+        Some(dir) => Cache::open(dir).map(Some),
+        // Where nobody asked for one, there need not be one.
+        None => Ok(cache::default_dir().and_then(|dir| {
+            Cache::open(&dir).inspect_err(|e| tracing::warn!("layers are not kept: {e:#}")).ok()
+        })),
+    }
 }
 
 /// Looks into an artifact of a dehydrated directory, or into any file.

@@ -34,10 +34,10 @@ pub const DEFAULT_TAG: &str = "latest";
 const MAX_TAG: usize = 512;
 
 /// The file that marks a layout and says its version.
-const LAYOUT: &str = "oci-layout";
+pub const LAYOUT: &str = "oci-layout";
 
 /// The file that names the images of a layout.
-pub(super) const INDEX: &str = "index.json";
+pub const INDEX: &str = "index.json";
 
 /// Where the blobs of a layout are.
 const BLOBS: &str = "blobs/sha256";
@@ -259,9 +259,15 @@ pub(super) fn read_index(dir: &Path) -> Result<Value> {
     if !dir.join(LAYOUT).exists() {
         return Ok(json!({ "schemaVersion": 2, "mediaType": MediaType::ImageIndex, "manifests": [] }));
     }
-    let version = &read_json(&dir.join(LAYOUT))?["imageLayoutVersion"];
-    ensure!(version == "1.0.0", "OCI image layout version {version}: expected \"1.0.0\"");
+    check_version(&read_json(&dir.join(LAYOUT))?)?;
     read_json(&dir.join(INDEX))
+}
+
+/// Checks the content of [`LAYOUT`].
+pub fn check_version(layout: &Value) -> Result<()> {
+    let version = &layout["imageLayoutVersion"];
+    ensure!(version == "1.0.0", "OCI image layout version {version}: expected \"1.0.0\"");
+    Ok(())
 }
 
 /// The index with `tag` naming `root` and nothing else; all that is not about `tag` stays.
@@ -288,7 +294,8 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&bytes).with_context(at)
 }
 
-pub(super) fn blob_path(digest: Digest) -> String {
+/// Where a blob is in a layout.
+pub fn blob_path(digest: Digest) -> String {
     format!("{BLOBS}/{digest}")
 }
 

@@ -2,52 +2,121 @@
 
 use std::fmt;
 
-use anyhow::{Context, Result, bail};
-use oci_spec::image::{Arch, Descriptor, ImageIndex, MediaType, Os};
+use anyhow::{Context, Result, ensure};
+use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use serde::Deserialize;
 
 use super::{Client, Manifest, Reference};
 use crate::digest::Digest;
 
-/// What an image is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What an image is to be for. What is not given is that of this machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Platform {
     /// The operating system.
-    pub os: Os,
-    /// The architecture.
-    pub arch: Arch,
+    pub os: Option<String>,
+    /// The architecture, as images or as kernels name it.
+    pub arch: Option<String>,
+    /// The variant of the architecture, such as `v7`.
+    pub variant: Option<String>,
 }
 
-impl fmt::Display for Platform {
+/// What an image says it is for.
+#[derive(Debug, Deserialize)]
+struct Found {
+    os: Option<String>,
+    architecture: Option<String>,
+    variant: Option<String>,
+}
+
+impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.arch)
+        let part = |part: &Option<String>| part.clone().unwrap_or_else(|| "unknown".into());
+        write!(f, "{}/{}", part(&self.os), part(&self.architecture))?;
+        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
+    }
+}
+
+/// The name that images have for an architecture.
+fn image_arch(arch: &str) -> &str {
+    match arch {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" | "i386" | "i686" => "386",
+        "powerpc64" | "powerpc64le" => "ppc64le",
+        "loongarch64" => "loong64",
+        arch => arch,
     }
 }
 
 impl Platform {
-    /// The platform of these names; the architecture as images or as kernels name it. What is not given is that of this
-    /// machine, but always linux.
+    /// The platform of these names.
     pub fn new(os: Option<&str>, arch: Option<&str>) -> Self {
-        let arch = match arch.unwrap_or(std::env::consts::ARCH) {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            "powerpc64" => "ppc64le",
-            arch => arch,
+        Self { os: os.map(Into::into), arch: arch.map(Into::into), variant: None }
+    }
+
+    fn os(&self) -> &str {
+        self.os.as_deref().unwrap_or("linux")
+    }
+
+    fn arch(&self) -> &str {
+        image_arch(self.arch.as_deref().unwrap_or(std::env::consts::ARCH))
+    }
+
+    /// How well an image fits: the lower the better, none when not at all.
+    fn fit(&self, found: &Found) -> Option<usize> {
+        if found.os.as_deref() != Some(self.os()) || found.architecture.as_deref() != Some(self.arch()) {
+            return None;
+        }
+        // The first is what an image is for that does not say.
+        let known: &[&str] = match self.arch() {
+            "arm64" => &["v8"],
+            "amd64" => &["v1"],
+            // Those that run everywhere first; newer ones only when asked for.
+            "arm" => &["v7", "v6", "v5"],
+            _ => &[],
         };
-        Self { os: os.unwrap_or("linux").into(), arch: arch.into() }
+        let default = known.first().copied();
+        match (&self.variant, found.variant.as_deref()) {
+            (Some(wanted), found) => (found.or(default) == Some(wanted)).then_some(0),
+            (None, None) => Some(0),
+            (None, Some(found)) => known.iter().position(|variant| *variant == found),
+        }
     }
 
     /// The image for this platform in `index`. The error names those that there are.
     pub fn pick<'a>(&self, index: &'a ImageIndex) -> Result<&'a Descriptor> {
         let of = |image: &Descriptor| {
             let platform = image.platform().as_ref()?;
-            Some(Self { os: platform.os().clone(), arch: platform.architecture().clone() })
+            Some(Found {
+                os: Some(platform.os().to_string()),
+                architecture: Some(platform.architecture().to_string()),
+                variant: platform.variant().clone(),
+            })
         };
-        let found = index.manifests().iter().find(|image| of(image).as_ref() == Some(self));
-        found.with_context(|| {
-            let has = index.manifests().iter().filter_map(of).map(|platform| platform.to_string());
-            format!("no image for {self}; there is one for {}", Vec::from_iter(has).join(", "))
+        let fitting = index.manifests().iter().filter_map(|image| Some((self.fit(&of(image)?)?, image)));
+        fitting.min_by_key(|(fit, _)| *fit).map(|(_, image)| image).with_context(|| {
+            let has: Vec<_> =
+                index.manifests().iter().filter_map(of).map(|found| found.to_string()).collect();
+            format!("no image for {self}; there are: {}", has.join(", "))
         })
+    }
+
+    /// Checks an image that stands alone by its configuration. Without any wish, one for another platform is fine: it is
+    /// said so in what is returned.
+    pub fn check(&self, config: &[u8]) -> Result<Option<String>> {
+        let found: Found = serde_json::from_slice(config).context("not an image configuration")?;
+        if self.fit(&found).is_some() || found.architecture.is_none() {
+            return Ok(None);
+        }
+        ensure!(*self == Self::default(), "no image for {self}; it is one for {found}");
+        Ok(Some(format!("the image is for {found}, not for {self}")))
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os(), self.arch())?;
+        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
     }
 }
 
@@ -76,20 +145,69 @@ impl Client {
         struct Image {
             config: Descriptor,
         }
-        #[derive(Deserialize)]
-        struct Config {
-            os: Option<Os>,
-            architecture: Option<Arch>,
-        }
         let image: Image = serde_json::from_slice(&manifest.bytes).context("not an image manifest")?;
-        let config = self.document(reference, &image.config)?;
-        let config: Config = serde_json::from_slice(&config).context("configuration")?;
-        if let (Some(os), Some(arch)) = (config.os, config.architecture) {
-            let found = Platform { os, arch };
-            if found != *platform {
-                bail!("no image for {platform}; it is one for {found}");
-            }
-        }
-        Ok(())
+        platform.check(&self.document(reference, &image.config)?).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(platforms: &[(&str, &str, &str)]) -> ImageIndex {
+        let manifests: Vec<_> = platforms
+            .iter()
+            .map(|(os, arch, variant)| {
+                let mut platform = serde_json::json!({ "os": os, "architecture": arch });
+                if !variant.is_empty() {
+                    platform["variant"] = (*variant).into();
+                }
+                serde_json::json!({
+                    "mediaType": "application/vnd.oci.image.manifest.v1+json", "size": 1,
+                    "digest": format!("sha256:{}", "0".repeat(64)), "platform": platform
+                })
+            })
+            .collect();
+        serde_json::from_value(serde_json::json!({ "schemaVersion": 2, "manifests": manifests })).unwrap()
+    }
+
+    fn wanted(arch: &str, variant: Option<&str>) -> Platform {
+        Platform { os: None, arch: Some(arch.into()), variant: variant.map(Into::into) }
+    }
+
+    #[test]
+    fn variants() {
+        let index = index(&[
+            ("windows", "amd64", ""),
+            ("linux", "arm", "v5"),
+            ("linux", "arm", "v7"),
+            ("linux", "arm64", "v8"),
+            ("linux", "amd64", "v3"),
+            ("linux", "amd64", ""),
+            ("unknown", "unknown", ""),
+        ]);
+        let at = |arch: &str, variant| {
+            let picked = wanted(arch, variant).pick(&index).ok()?;
+            index.manifests().iter().position(|image| image == picked)
+        };
+        assert_eq!(at("arm", None), Some(2));
+        assert_eq!(at("arm", Some("v5")), Some(1));
+        assert_eq!(at("arm", Some("v6")), None);
+        assert_eq!(at("aarch64", None), Some(3));
+        assert_eq!(at("arm64", Some("v8")), Some(3));
+        assert_eq!(at("x86_64", None), Some(5));
+        assert_eq!(at("amd64", Some("v3")), Some(4));
+        assert_eq!(at("amd64", Some("v1")), Some(5));
+        let e = wanted("s390x", None).pick(&index).unwrap_err().to_string();
+        assert!(e.starts_with("no image for linux/s390x; there are: windows/amd64, linux/arm/v5, "), "{e}");
+    }
+
+    #[test]
+    fn an_image_that_stands_alone() {
+        let config = br#"{"os":"linux","architecture":"s390x"}"#;
+        assert!(Platform::default().check(config).unwrap().is_some());
+        assert!(wanted("s390x", None).check(config).unwrap().is_none());
+        let e = wanted("amd64", None).check(config).unwrap_err().to_string();
+        assert_eq!(e, "no image for linux/amd64; it is one for linux/s390x");
     }
 }

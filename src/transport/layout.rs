@@ -1,0 +1,76 @@
+//! `oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]`: OCI image layouts. [`crate::oci::layout`] writes them.
+
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
+
+use super::files::Files;
+use super::{MAX_DOCUMENT, Manifest, Transport};
+use crate::digest::Digest;
+use crate::oci::layout::{INDEX, LAYOUT, blob_path, check_version};
+
+/// An image in a layout.
+pub(super) struct Layout {
+    files: Files,
+    /// Which one, where several are.
+    tag: Option<String>,
+}
+
+impl Layout {
+    pub(super) fn dir(reference: &str) -> Result<Self> {
+        let (path, tag) = split(reference);
+        Self::new(Files::Dir(path.into()), tag)
+    }
+
+    pub(super) fn archive(reference: &str) -> Result<Self> {
+        let (path, tag) = split(reference);
+        Self::new(Files::archive(Path::new(path))?, tag)
+    }
+
+    fn new(files: Files, tag: Option<&str>) -> Result<Self> {
+        let version =
+            serde_json::from_slice(&files.read(LAYOUT, MAX_DOCUMENT).context("not an OCI image layout")?);
+        check_version(&version.context(LAYOUT)?)?;
+        Ok(Self { files, tag: tag.map(Into::into) })
+    }
+}
+
+/// Path and tag. As in skopeo, the path ends at the first colon.
+pub(super) fn split(reference: &str) -> (&str, Option<&str>) {
+    reference.split_once(':').map_or((reference, None), |(path, tag)| (path, Some(tag)))
+}
+
+impl Transport for Layout {
+    fn root(&self) -> Result<Manifest> {
+        let index: ImageIndex =
+            serde_json::from_slice(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)?;
+        let name = |image: &Descriptor| image.annotations().as_ref()?.get(ANNOTATION_REF_NAME).cloned();
+        let images = index.manifests();
+        let named = |tag: &str| images.iter().find(|image| name(image).as_deref() == Some(tag));
+        let found = match &self.tag {
+            Some(tag) => named(tag).with_context(|| format!("no image {tag:?}")),
+            None if images.len() == 1 => Ok(&images[0]),
+            None => named(crate::oci::layout::DEFAULT_TAG).context("several images: one must be named"),
+        };
+        let found = found.with_context(|| {
+            let names: Vec<_> = images.iter().filter_map(name).collect();
+            format!("there are: {}", names.join(", "))
+        })?;
+        super::checked(self, found)
+    }
+
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest> {
+        let digest: Digest = descriptor.digest().to_string().parse()?;
+        let bytes = self.files.read(&blob_path(digest), MAX_DOCUMENT)?;
+        Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
+    }
+
+    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {
+        let Ok(digest) = blob.digest().to_string().parse() else {
+            bail!("{}: not a sha256 digest", blob.digest());
+        };
+        Ok(Box::new(self.files.open(&blob_path(digest), offset)?))
+    }
+}

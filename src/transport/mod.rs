@@ -1,0 +1,145 @@
+//! Transports: the places that an image may be read from, all behind one small trait.
+//!
+//! ```text
+//! docker://NAME   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:NAME]   dir:DIR   containers-storage:NAME
+//! ```
+//!
+//! The names are those of skopeo and podman. A place gives manifests and blobs; what they mean, which platform is
+//! wanted and whether digests are right is up to those who read them.
+
+mod dir;
+mod docker;
+mod docker_archive;
+mod files;
+mod layout;
+
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
+
+use crate::digest::Digest;
+use crate::registry::{Client, Manifest, Options, Platform, Reference, is_index};
+
+/// The longest manifest or configuration that is read, in bytes: what registries take at most.
+pub const MAX_DOCUMENT: u64 = crate::oci::layout::MAX_DOCUMENT;
+
+/// How deep indexes may be nested in each other.
+const MAX_NESTED: usize = 4;
+
+/// A place that an image is read from.
+pub trait Transport: Send + Sync {
+    /// What the reference names.
+    fn root(&self) -> Result<Manifest>;
+
+    /// A manifest that an index names. Its digest has been checked.
+    fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest>;
+
+    /// The content of a blob from `offset` on. It need not be right: that is checked by those who read it.
+    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>>;
+
+    /// Whether blobs are on this machine already, so that nothing is gained by keeping copies of them.
+    fn local(&self) -> bool {
+        true
+    }
+}
+
+/// Opens the place that `reference` names. Without a transport it is a name in a registry, which is spoken to as
+/// `options` say.
+pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
+    let named = || format!("image {reference}");
+    let (transport, rest) = reference.split_once(':').unwrap_or(("", reference));
+    let opened: Result<Box<dyn Transport>> = match transport {
+        "oci" => layout::Layout::dir(rest).map(|layout| Box::new(layout) as _),
+        "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
+        "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
+        "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
+        // What is no transport may be a registry with a port, or a name with a tag.
+        _ => reference
+            .parse::<Reference>()
+            .map_err(Into::into)
+            .map(|reference| Box::new(docker::Docker::new(Client::new(options), reference)) as _),
+    };
+    opened.with_context(named)
+}
+
+/// An image for one platform.
+#[derive(Debug)]
+pub struct Image {
+    /// The digest of its manifest.
+    pub digest: Digest,
+    /// The manifest.
+    pub manifest: ImageManifest,
+    /// What the image was picked from: its own manifest, or the index that names it.
+    pub root: Manifest,
+}
+
+/// Finds the image for `wanted` at `transport`.
+///
+/// An image that stands alone is taken whatever it is for, unless `wanted` asks for something: what it is for shows in its
+/// configuration, see [`Platform::check`].
+pub fn image(transport: &dyn Transport, wanted: &Platform) -> Result<Image> {
+    let root = transport.root()?;
+    let mut document = root.clone();
+    for _ in 0..MAX_NESTED {
+        if !is_index(&document.media_type) {
+            let manifest = manifest(&document)?;
+            return Ok(Image { digest: document.digest, manifest, root });
+        }
+        let index: ImageIndex = serde_json::from_slice(&document.bytes).context("not an image index")?;
+        document = checked(transport, wanted.pick(&index)?)?;
+    }
+    bail!("indexes nested more than {MAX_NESTED} deep")
+}
+
+/// Reads a manifest that `descriptor` names, and checks that it is that one.
+pub fn checked(transport: &dyn Transport, descriptor: &Descriptor) -> Result<Manifest> {
+    let expected: Digest = descriptor.digest().to_string().parse()?;
+    let document = transport.manifest(descriptor)?;
+    let found = Digest::of(&document.bytes);
+    ensure!(found == expected, "manifest: sha256 mismatch: expected {expected}, got {found}");
+    // The index is what was asked for and checked; what a server says besides is not.
+    Ok(Manifest { media_type: descriptor.media_type().clone(), ..document })
+}
+
+/// Reads the manifest of an image.
+pub fn manifest(document: &Manifest) -> Result<ImageManifest> {
+    let media_type = document.media_type.to_string();
+    ensure!(
+        document.media_type == MediaType::ImageManifest || media_type == DOCKER_MANIFEST,
+        "a manifest of media type {media_type}: expected {} or {DOCKER_MANIFEST}",
+        MediaType::ImageManifest
+    );
+    serde_json::from_slice(&document.bytes).context("not an image manifest")
+}
+
+/// Docker's name of a manifest.
+pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+
+/// A small blob, whole and checked.
+pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>> {
+    ensure!(blob.size() <= MAX_DOCUMENT, "{} bytes: more than {MAX_DOCUMENT}", blob.size());
+    let mut bytes = Vec::new();
+    transport.blob(blob, 0)?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
+    let expected: Digest = blob.digest().to_string().parse()?;
+    let found = Digest::of(&bytes);
+    ensure!(found == expected, "sha256 mismatch: expected {expected}, got {found}");
+    Ok(bytes)
+}
+
+/// What a manifest says it is, or what its content shows that it is.
+fn media_type_of(bytes: &[u8]) -> Result<MediaType> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Any {
+        media_type: Option<MediaType>,
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    let any: Any = serde_json::from_slice(bytes).context("not a manifest")?;
+    Ok(match (any.media_type, any.manifests) {
+        (Some(media_type), _) => media_type,
+        (None, Some(_)) => MediaType::ImageIndex,
+        (None, None) => MediaType::ImageManifest,
+    })
+}
