@@ -61,6 +61,9 @@ pub fn run(
     http: &Http,
     progress: &Progress,
 ) -> Result<Summary> {
+    if let Some(url) = &options.base_url {
+        ensure!(["http", "https"].contains(&url.scheme()), "base URL {url}: neither http nor https");
+    }
     let dest = Dest::open(dir, options.wait)?;
     let mut run = Run {
         state: dest.state()?,
