@@ -4,9 +4,13 @@
 //! `sources` is that of *oppositus*, and mirrors what oppositus would, in the same tree.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::bytes::parse_size;
@@ -46,7 +50,7 @@ struct File {
     #[serde(default)]
     filters: Option<Filters>,
     #[serde(default, deserialize_with = "given")]
-    sources: Option<Vec<SourceFile>>,
+    sources: Option<Vec<Object<SourceFile>>>,
     #[serde(default, deserialize_with = "given")]
     keys: Option<Vec<PathBuf>>,
     #[serde(default, deserialize_with = "given")]
@@ -82,7 +86,7 @@ struct SourceFile {
     #[serde(default, deserialize_with = "given")]
     keep: Option<usize>,
     #[serde(default, deserialize_with = "given")]
-    versions: Option<Versions>,
+    versions: Option<Object<Versions>>,
     #[serde(default, deserialize_with = "given")]
     formats: Option<Vec<String>>,
     #[serde(default, deserialize_with = "given")]
@@ -127,6 +131,28 @@ impl<'de> Deserialize<'de> for Size {
             Text::Number(n) => Ok(Self(n)),
             Text::Text(text) => parse_size(&text).map(Self).map_err(serde::de::Error::custom),
         }
+    }
+}
+
+/// What is derived for a struct takes an array, too, with the fields in their order. This takes only an object.
+#[derive(Clone, Debug)]
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Members<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        d.deserialize_map(Members(PhantomData))
     }
 }
 
@@ -196,14 +222,14 @@ impl Config {
     /// Reads a configuration, and the keys that it names, which are relative to `dir`.
     pub fn parse(json: &[u8], dir: &Path, defaults: &Defaults) -> Result<Self> {
         let mut json = serde_json::Deserializer::from_slice(json);
-        let file: File = serde_path_to_error::deserialize(&mut json)?;
+        let Object(file): Object<File> = serde_path_to_error::deserialize(&mut json)?;
         json.end()?;
         let classic = file.sources.is_none();
         let mut sources = Vec::new();
         if let Some(given) = &file.sources {
             ensure!(file.channels.is_none(), "channels: belongs to an entry of sources");
             ensure!(!given.is_empty(), "sources: there is none");
-            for (i, source) in given.iter().enumerate() {
+            for (i, Object(source)) in given.iter().enumerate() {
                 let source = Source::new(source, &file, dir, defaults);
                 sources.push(source.with_context(|| format!("sources[{i}]"))?);
             }
@@ -296,7 +322,7 @@ impl Source {
             filters: Filters(filters),
             keys: read_keys(keys, dir, defaults).context("keys")?,
             keep: given.keep.or(file.keep),
-            versions: given.versions.clone().unwrap_or_default(),
+            versions: given.versions.clone().map_or_else(Versions::default, |Object(versions)| versions),
             formats: given.formats.clone().unwrap_or_default(),
             unsigned: given.unsigned.unwrap_or_default(),
             url: given.url.clone(),
@@ -367,7 +393,8 @@ impl Source {
 
     /// Where to find the index of the releases of a stream, if there is one.
     pub fn releases(&self, stream: &str) -> Result<Option<String>> {
-        let known = self.url.is_none() && stream::url_of(&format!("fcos-{stream}")).is_ok();
+        let fcos = self.kind == Kind::Stream && self.url.is_none();
+        let known = fcos && stream::url_of(&format!("fcos-{stream}")).is_ok();
         let template = self.releases.as_deref().or(known.then_some(FCOS_RELEASES));
         template.map(|template| self.fill(template, stream, None)).transpose()
     }

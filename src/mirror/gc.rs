@@ -66,7 +66,8 @@ impl<'a> Tree<'a> {
         for name in entries(&top)? {
             // What has versions of its own is a source of its own.
             let channel = ![ALL, STREAMS, OWN].contains(&&*name) && !top.join(&name).join(ALL).is_dir();
-            if channel && top.join(&name).is_dir() {
+            // What cannot be read, such as lost+found, is none of ours.
+            if channel && fs::read_dir(top.join(&name)).is_ok() {
                 read_links(&dest.dir, &Path::new(root).join(name), 2, &mut channels)?;
             }
         }

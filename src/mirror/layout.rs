@@ -8,6 +8,7 @@
 //! streams/STREAM.json           stream documents
 //! .rehydrator/lock              held by whoever changes the mirror
 //!             state.json        what garbage collection must know
+//!             new               a link or document that is about to get its name
 //!             partial/          files that are being got, in the same tree
 //!             trash/            what is being removed
 //! ```
@@ -23,11 +24,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::fetch::{Partial, sync_dir, write_through};
+use crate::fetch::{self, Partial, sync_dir};
 use crate::workdir::read_limited;
 
 /// Where a mirror has what is not for its readers.
 pub const OWN: &str = ".rehydrator";
+
+/// What is about to get its name, in [`OWN`].
+const NEW: &str = "new";
 
 /// The directory of all versions.
 pub const ALL: &str = "all";
@@ -102,6 +106,8 @@ impl Dest {
             }
         }
         let dest = Self { dir: dir.to_path_buf(), lock };
+        // A link, perhaps, which must not be written through.
+        fetch::remove(&own.join(NEW))?;
         dest.empty_trash()?;
         Ok(dest)
     }
@@ -138,7 +144,7 @@ impl Dest {
         let path = self.dir.join(path);
         let dir = path.parent().unwrap_or(&self.dir);
         fs::create_dir_all(dir).with_context(|| format!("{}: mkdir failed", dir.display()))?;
-        write_through(&self.dir.join(OWN).join("new"), &path, bytes)
+        fetch::write_through(&self.dir.join(OWN).join(NEW), &path, bytes)
     }
 
     /// Makes the link `link`, relative to the mirror, point at `target`, from one moment to the next. True if it did
@@ -154,14 +160,9 @@ impl Dest {
         }
         let parent = path.parent().unwrap_or(&self.dir);
         fs::create_dir_all(parent).with_context(|| format!("{}: mkdir failed", parent.display()))?;
-        let new = self.dir.join(OWN).join("new");
-        let swap = || {
-            match fs::remove_file(&new) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => symlink(target, &new)?,
-            }
-            fs::rename(&new, &path)
-        };
+        let new = self.dir.join(OWN).join(NEW);
+        let swap = || symlink(target, &new).and_then(|()| fs::rename(&new, &path));
+        fetch::remove(&new)?;
         swap().with_context(|| format!("{}: link failed", path.display()))?;
         sync_dir(parent)?;
         Ok(true)

@@ -23,7 +23,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use url::Url;
 
 use crate::catalog::SIGNATURE;
@@ -36,7 +36,7 @@ use crate::workdir::read_limited;
 use config::{Config, Kind, Source};
 use container_linux::parse_digests;
 use layout::{ALL, CURRENT, Channel, Dest, State, entries};
-use plan::{Plan, Problem, Proof, Wanted};
+use plan::{Plan, Problem, Proof, Skipped, Wanted};
 use summary::{ChannelSummary, Summary};
 
 /// The longest list of digests that is looked for the digest of a file, in bytes.
@@ -61,6 +61,9 @@ pub fn run(
     http: &Http,
     progress: &Progress,
 ) -> Result<Summary> {
+    if let Some(url) = &options.base_url {
+        ensure!(["http", "https"].contains(&url.scheme()), "base URL {url}: neither http nor https");
+    }
     let dest = Dest::open(dir, options.wait)?;
     let mut run = Run {
         state: dest.state()?,
@@ -107,6 +110,8 @@ impl Run<'_> {
                 plans.push((source, plan));
             }
         }
+        // What a channel or a version that could not be looked at has begun, a later run may go on with.
+        let all_known = self.summary.failed.is_empty();
         if options.verify {
             self.verify(&plans)?;
         }
@@ -120,9 +125,15 @@ impl Run<'_> {
                     self.fail(plan.label().display().to_string(), format!("{e:#}"));
                 }
             }
-            self.tidy(&plans)?;
-            let removed = gc::collect(self.dest, &self.state, false)?;
-            self.summary.removed = removed.iter().map(|r| r.dir.display().to_string()).collect();
+            if all_known {
+                self.tidy(&plans)?;
+            }
+            match gc::collect(self.dest, &self.state, false) {
+                Ok(removed) => {
+                    self.summary.removed = removed.iter().map(|r| r.dir.display().to_string()).collect();
+                }
+                Err(e) => self.fail("garbage collection".into(), format!("{e:#}")),
+            }
         }
         if self.summary.failed.is_empty() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -217,6 +228,14 @@ impl Run<'_> {
         }
         let finished = plan.needs.iter().all(|version| complete.contains(version));
         if finished {
+            if let Some(stale) = plan.stale.as_ref().map(|path| plan.root.join(path))
+                && self.dest.dir.join(&stale).exists()
+            {
+                let what = stale.display().to_string();
+                self.summary
+                    .skipped
+                    .push(Skipped { what, why: "it is not renewed without a base URL".into() });
+            }
             for (path, document) in &plan.documents {
                 self.document(&plan.root.join(path), document)?;
             }

@@ -32,6 +32,8 @@ pub struct Plan {
     pub needs: BTreeSet<String>,
     /// Documents to write then, by their path below `root`.
     pub documents: Vec<(PathBuf, Vec<u8>)>,
+    /// A document that an earlier run may have written, and this one cannot renew.
+    pub stale: Option<PathBuf>,
     /// Who may sign.
     pub keys: Keys,
     /// What went wrong already.
@@ -107,6 +109,7 @@ impl Plan {
             current: None,
             needs: BTreeSet::new(),
             documents: Vec::new(),
+            stale: None,
             keys,
             problems: Vec::new(),
             broken: BTreeSet::new(),

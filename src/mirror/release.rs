@@ -151,6 +151,9 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
     if versions.is_empty() {
         bail!("no file of it is to be mirrored");
     }
+    if base_url.is_none() {
+        plan.stale = Some(Path::new(STREAMS).join(format!("{name}.json")));
+    }
     if let Some(document) = document {
         let path = |suffix: &str| Path::new(STREAMS).join(format!("{name}{suffix}"));
         let rewritten = match base_url {

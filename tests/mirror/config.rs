@@ -51,7 +51,13 @@ fn table() -> Vec<(&'static str, &'static str)> {
         (r#"{"rate": "1.5M"}"#, "rate: not a size: \"1.5M\""),
         (r#"{"rate": "fast"}"#, "rate: not a size: \"fast\""),
         (r#"{"rate": true}"#, "rate: expected a number of bytes, or a text such as \"10M\""),
-        (r#"[]"#, "invalid type: sequence"),
+        (r#"[]"#, "invalid type: sequence, expected an object"),
+        (r#"[["stable"]]"#, "invalid type: sequence, expected an object"),
+        (r#"{"sources": [["stream"]]}"#, "sources[0]: invalid type: sequence, expected an object"),
+        (
+            r#"{"sources": [{"type": "stream", "versions": [["1"]]}]}"#,
+            "sources[0].versions: invalid type: sequence",
+        ),
         // What it has become.
         (r#"{"sources": []}"#, "sources: there is none"),
         (r#"{"sources": [{}]}"#, "sources[0]: missing field `type`"),
@@ -177,6 +183,7 @@ fn the_program_names_what_is_wrong() {
     let keys = site.dir.path().join("keys");
     let config = site.dir.path().join("config.json");
     for (json, expected) in table().into_iter().chain(BEYOND) {
+        println!("{json}");
         fs::write(&config, json).unwrap();
         let mut check = rehydrator();
         check.args(["mirror", "releases", "--check"]).arg(&config).arg("--key").arg(&keys);

@@ -68,30 +68,42 @@ fn watch(dest: &Mutex<PathBuf>, expected: &BTreeMap<String, Entry>, stop: &Atomi
     }
 }
 
+/// How many bytes there are in all files of the mirror, finished or not.
+fn bytes(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let meta = entry.path().symlink_metadata().ok()?;
+            Some(if meta.is_dir() { bytes(&entry.path()) } else { meta.len() })
+        })
+        .sum()
+}
+
 #[test]
 fn killed_at_ten_points() {
     let (site, _nginx) = slow();
-    let start = Instant::now();
     site.mirror(&[]).good();
-    let whole = start.elapsed();
     let expected = site.tree();
     assert_eq!(expected.values().filter(|e| matches!(e, Entry::File(_))).count(), 52);
+    let whole = bytes(&site.dest("all"));
     let (stop, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let mut killed = 0;
     let seed = u64::from(std::process::id());
     println!("seed {seed}");
     let dest = Mutex::new(site.dest(""));
     std::thread::scope(|scope| {
         let watcher = scope.spawn(|| watch(&dest, &expected, &stop, &looks));
-        let mut points = noise(seed, 10 * 8).into_iter();
+        let points = noise(seed, 10);
         for i in 0..10 {
             fs::remove_dir_all(&*dest.lock().unwrap()).unwrap();
             let mut child = site.command().spawn().unwrap();
-            // One in each tenth of a run.
-            let point = whole / 10 * i + whole / 10 * u32::from(points.next().unwrap()) / 256;
-            std::thread::sleep(point);
+            // One in each tenth of a run, the last when every byte has arrived, and the links are still to be made.
+            let part = if i == 9 { 2550 } else { 255 * i as u64 + u64::from(points[i]) };
+            while bytes(&site.dest("")) < whole * part / 2550 {
+                assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+                std::thread::sleep(Duration::from_millis(1));
+            }
             child.kill().unwrap();
-            killed += usize::from(child.wait().unwrap().code().is_none());
+            child.wait().unwrap();
             site.mirror(&[]).good();
             assert_eq!(site.tree(), expected);
             assert!(!site.dest(".rehydrator/partial").exists());
@@ -99,7 +111,6 @@ fn killed_at_ten_points() {
         stop.store(true, Ordering::SeqCst);
         watcher.join().unwrap();
     });
-    assert!(killed >= 8, "only {killed} of 10 were killed before they had ended");
     assert!(looks.into_inner() > 50);
 }
 

@@ -3,10 +3,15 @@
 use std::fs;
 use std::path::Path;
 
+use rehydrator::catalog::Catalog;
 use rehydrator::digest::Digest;
+use rehydrator::http::{Http, Retry};
+use rehydrator::mirror::config::{Config, Defaults};
+use rehydrator::mirror::release;
+use rehydrator::stream::Stream;
 use serde_json::{Map, Value, json};
 
-use crate::site::{Entry, Site, names, ok, rehydrator};
+use crate::site::{Entry, Site, names, ok, rehydrator, text};
 use crate::tools::{Nginx, noise};
 
 const NEW: &str = "44.20260707.3.1";
@@ -224,6 +229,8 @@ fn incomplete_is_not_current() {
     let base = ["--base-url", "http://mirror.example/"];
     site.mirror(&base).good();
     let complete = site.tree();
+    let stale = site.mirror(&[]).good().skipped();
+    assert_eq!(stale, ["streams/stable.json: it is not renewed without a base URL"]);
     let archs = release(&site, &nginx, NEW, true);
     site.put("streams/stable.json", document(NEW, &archs).to_string().as_bytes());
     let bad = format!("prod/{NEW}/x86_64/{}", name(NEW, "aws.x86_64.vmdk.xz"));
@@ -322,4 +329,33 @@ fn hostile_documents() {
         assert!(failed.len() == 1 && failed[0].contains(error), "{error}: {failed:?}");
     }
     assert_eq!(names(&site.tree()), [""; 0]);
+}
+
+/// Real documents: every artifact of them has its place, and what the mirror serves in their stead is complete.
+#[test]
+fn the_published_documents() {
+    let site = Site::new();
+    let nginx = Nginx::serve(&site.www(""));
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("stream-metadata/samples");
+    for (stream, file, unsigned) in [("stable", "fcos.json", false), ("rhcos-4.21", "rhcos.json", true)] {
+        let published = fs::read(samples.join(file)).unwrap();
+        site.put(&format!("streams/{stream}.json"), &published);
+        let config = json!({"sources": [{"type": "stream", "streams": [stream], "unsigned": unsigned,
+            "url": format!("{}/streams/{{stream}}.json", nginx.url)}]});
+        let config =
+            Config::parse(config.to_string().as_bytes(), site.dir.path(), &Defaults::default()).unwrap();
+        let http = Http::new(Retry::default()).unwrap();
+        let base = "https://mirror.example/".parse().unwrap();
+        let plan = release::plan(&config.sources[0], stream, Some(&base), &http).unwrap();
+        assert!(plan.problems.is_empty(), "{:?}", plan.problems);
+        let count = |json: &[u8]| Catalog::new(&Stream::parse(json).unwrap()).unwrap().items.len();
+        let files: usize = plan.versions.iter().map(|v| v.files.len()).sum();
+        assert!(files == count(&published) && files > 40, "{files}");
+        let (path, rewritten) = plan.documents.last().unwrap();
+        assert_eq!(path, Path::new(&format!("streams/{stream}.json")));
+        assert_eq!(count(rewritten), files);
+        let locations = text(rewritten).matches("\"location\": \"https://mirror.example/all/").count();
+        assert_eq!(locations, files);
+        assert_eq!(plan.current.as_ref(), plan.versions.first().map(|v| &v.name));
+    }
 }

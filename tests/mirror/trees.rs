@@ -201,6 +201,7 @@ fn versions_come_and_go() {
     // A link that a killed collection left behind.
     std::os::unix::fs::symlink("../all/10.0.0", site.dest("flatcar/stable/10.0.0")).unwrap();
     fs::create_dir_all(site.dest(".rehydrator/trash/x/it")).unwrap();
+    std::os::unix::fs::symlink("../flatcar", site.dest(".rehydrator/new")).unwrap();
     gc(&[]);
     assert_eq!(links().len(), 4);
     assert!(!site.dest(".rehydrator/trash").exists());
