@@ -296,7 +296,9 @@ impl Job<'_> {
         order.sort_by_key(|&i| items[i].uncompressed_sha256.is_some());
         let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = cores.min((self.options.memory / MEMORY_EACH).max(1) as usize);
+        // The other half is that of the encoders of published files.
+        let memory = if self.options.published { self.options.memory / 2 } else { self.options.memory };
+        let workers = cores.min((memory / MEMORY_EACH).max(1) as usize);
         let before: &[SourceSpec] = specs;
         std::thread::scope(|scope| {
             for _ in 0..workers {

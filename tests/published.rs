@@ -137,11 +137,11 @@ fn made_again(dir: &Path, name: &str) -> Result<Map, String> {
     Err(reason)
 }
 
-/// 6 MB of a bit of everything.
+/// 3.5 MB of a bit of everything.
 fn some_file(dir: &Path) {
     let code = fs::read("/bin/bash").unwrap();
-    let mut plain = Random(7).mixture(5_000_000, &code);
-    plain.extend(vec![0; 1_000_000]);
+    let mut plain = Random(7).mixture(3_000_000, &code);
+    plain.extend(vec![0; 500_000]);
     fs::write(dir.join("plain"), plain).unwrap();
 }
 
@@ -166,7 +166,7 @@ fn xz_of_many_settings_and_two_versions() {
         "xz -c6 -T2 plain",
         "xz -c7 -C none plain",
         "xz -c9 -T2 plain",
-        "xz -c9e -T2 --block-size=4MiB plain",
+        "xz -c9e -T2 --block-size=2MiB plain",
         "xz -c --lzma2=preset=6,dict=3MiB plain",
         "xz -c0 plain; head -c 64 /dev/zero; xz -c6 -T2 plain",
         "head -c 0 plain | xz -c",
