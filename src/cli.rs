@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::dehydrate::Profile;
 use crate::progress::Mode;
-use crate::registry::{self, Credentials, Reference};
+use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
@@ -44,6 +44,9 @@ pub enum Command {
     Purge(Purge),
     /// Print the digest of an image in a registry
     Digest(DigestArgs),
+    /// Keep mirrors
+    #[command(subcommand)]
+    Mirror(Mirror),
     /// Print shell completions
     Completions {
         /// The shell
@@ -348,6 +351,60 @@ pub struct Purge {
     /// Only so many of those used least lately that the rest takes no more than this, such as 20G
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub keep_bytes: Option<u64>,
+}
+
+/// What to mirror.
+#[derive(Debug, Subcommand)]
+pub enum Mirror {
+    /// Copy an image as it is, with its signatures
+    Image(MirrorImage),
+    /// Copy all images of a configuration; one that fails does not end the rest
+    Images(MirrorImages),
+}
+
+/// Options of `mirror image`.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorImage {
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR
+    pub source: String,
+    /// Where it goes: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG]
+    pub destination: String,
+    /// All platforms of the image, which is the default: its digest stays what it is
+    #[arg(long, conflicts_with = "platform")]
+    pub all_platforms: bool,
+    /// Only this platform, OS/ARCH or OS/ARCH/VARIANT; may be repeated. The index that names them is a new one
+    #[arg(long, value_name = "PLATFORM", value_parser = parse_platform)]
+    pub platform: Vec<Platform>,
+    /// All tags that this takes: GLOB, or `+ GLOB` and `- GLOB`, of which the first that matches decides; may be repeated
+    #[arg(long, value_name = "GLOB", allow_hyphen_values = true)]
+    pub tags: Vec<String>,
+    /// Take what refers to the image along
+    #[arg(long)]
+    pub referrers: bool,
+    /// Only say what would be copied
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// Options of `mirror images`.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorImages {
+    /// What to copy: JSON, `{"images": [{"source", "destination", "tags", "platforms", "referrers"}], "parallel"}`
+    pub config: PathBuf,
+    /// Only say what would be copied
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// Parses `OS/ARCH` or `OS/ARCH/VARIANT`.
+fn parse_platform(text: &str) -> Result<Platform, String> {
+    crate::copy::config::platform(text).map_err(|e| e.to_string())
 }
 
 /// Parses `90s`, `30m`, `12h`, `7d`, `4w`.

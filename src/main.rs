@@ -7,7 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 use indicatif::HumanBytes;
-use rehydrator::cli::{self, Build, Cli, Command};
+use rehydrator::cli::{self, Build, Cli, Command, Mirror};
+use rehydrator::copy::{self, Copier};
 use rehydrator::dehydrate::{self, dehydrate};
 use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
@@ -110,6 +111,27 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             Ok(writeln!(out, "{}", digest.oci())?)
         }
+        Command::Mirror(Mirror::Image(args)) => {
+            let options = copy::Options {
+                platforms: args.platform,
+                tags: args.tags,
+                referrers: args.referrers,
+                dry_run: args.dry_run,
+            };
+            let copier = Copier::new(args.registry.options(), progress);
+            let copied = copier.copy(&args.source, &args.destination, &options)?;
+            Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
+        }
+        Command::Mirror(Mirror::Images(args)) => {
+            drop(out);
+            let config = copy::config::Config::read(&args.config)?;
+            let copier = Copier::new(args.registry.options(), progress);
+            copy::images(&config, &copier, args.dry_run, |image, copied| {
+                // Whoever stopped reading it, still wants the images.
+                let line = copied_line(&image.source, &image.destination, copied);
+                let _ = writeln!(io::stdout(), "{line}");
+            })
+        }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
             Ok(())
@@ -180,6 +202,17 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             workdir.clean()
         }
     }
+}
+
+/// What was copied.
+fn copied_line(source: &str, destination: &str, copied: &copy::Copied) -> String {
+    format!(
+        "{source} -> {destination}: images: {}, blobs: {} ({}), already there: {}",
+        copied.images,
+        copied.blobs,
+        HumanBytes(copied.bytes),
+        copied.present
+    )
 }
 
 /// Unpacks an image.

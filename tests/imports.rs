@@ -36,6 +36,8 @@ const ORDER: &[&str] = &[
     "untar",
     "transport",
     "pull",
+    "mirror",
+    "copy",
     "cli",
     "main",
     "lib",
