@@ -15,7 +15,7 @@ pub mod config;
 pub mod filter;
 
 use std::collections::HashMap;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
@@ -236,8 +236,9 @@ impl<'a> Copier<'a> {
                 return Ok(if client.has_blob(reference, *digest)? { Pushed::Present } else { Pushed::Sent });
             }
             let task = self.progress.task(format!("blob {:.12}", digest.to_string()), Some(blob.size()));
-            let open = |offset| -> io::Result<Box<dyn Read>> {
-                from.blob(blob, offset).map(|content| content as _).map_err(io::Error::other)
+            let open = |offset| -> io::Result<Box<dyn Read + '_>> {
+                let content: Box<dyn Read + '_> = from.blob(blob, offset).map_err(io::Error::other)?;
+                Ok(content)
             };
             let sent = |bytes| task.advance(bytes);
             let pushed = client.push_blob(reference, *digest, blob.size(), near.as_slice(), &open, &sent)?;
@@ -245,9 +246,9 @@ impl<'a> Copier<'a> {
             Ok(pushed)
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(PARALLEL).build()?;
-        let pushed: Vec<_> = pool.install(|| {
-            parts.blobs.par_iter().with_max_len(1).map(|blob| (blob.1.size(), push(blob))).collect()
-        });
+        let blobs: Vec<_> = parts.blobs.iter().collect();
+        let push = |blob: (&Digest, &Descriptor)| (blob.1.size(), push(blob));
+        let pushed: Vec<_> = pool.install(|| blobs.into_par_iter().with_max_len(1).map(push).collect());
         for (size, pushed) in pushed {
             count(copied, pushed? == Pushed::Sent, size);
         }
