@@ -10,7 +10,7 @@ use crate::dehydrate::Profile;
 use crate::oci::read::Origin;
 use crate::progress::Mode;
 use crate::recipe::Tier;
-use crate::registry::{self, Credentials, Reference};
+use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
@@ -414,6 +414,51 @@ pub struct Purge {
     pub keep_bytes: Option<u64>,
 }
 
+/// Options of `mirror image`.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorImage {
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR
+    pub source: String,
+    /// Where it goes: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG]
+    pub destination: String,
+    /// All platforms of the image, which is the default: its digest stays what it is
+    #[arg(long, conflicts_with = "platform")]
+    pub all_platforms: bool,
+    /// Only this platform, OS/ARCH or OS/ARCH/VARIANT; may be repeated. The index that names them is a new one
+    #[arg(long, value_name = "PLATFORM", value_parser = parse_platform)]
+    pub platform: Vec<Platform>,
+    /// All tags that this takes: GLOB, or `+ GLOB` and `- GLOB`, of which the first that matches decides; may be repeated
+    #[arg(long, value_name = "GLOB", allow_hyphen_values = true)]
+    pub tags: Vec<String>,
+    /// Take what refers to the image along
+    #[arg(long)]
+    pub referrers: bool,
+    /// Only say what would be copied
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// Options of `mirror images`.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorImages {
+    /// What to copy: JSON, `{"images": [{"source", "destination", "tags", "platforms", "referrers"}], "parallel"}`
+    pub config: PathBuf,
+    /// Only say what would be copied
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// Parses `OS/ARCH` or `OS/ARCH/VARIANT`.
+fn parse_platform(text: &str) -> Result<Platform, String> {
+    crate::copy::config::platform(text).map_err(|e| e.to_string())
+}
+
 /// Parses `90s`, `30m`, `12h`, `7d`, `4w`.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -438,6 +483,10 @@ fn parse_credentials(text: &str) -> Result<Credentials, String> {
 /// What to mirror.
 #[derive(Debug, Subcommand)]
 pub enum Mirror {
+    /// Copy an image as it is, with its signatures
+    Image(MirrorImage),
+    /// Copy all images of a configuration; one that fails does not end the rest
+    Images(MirrorImages),
     /// Mirror releases of CoreOS, Fedora CoreOS and Flatcar: only files whose signatures are good
     Releases(MirrorReleases),
     /// Remove versions beyond those that the configuration keeps

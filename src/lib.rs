@@ -11,6 +11,7 @@
 pub mod bytes;
 pub mod catalog;
 pub mod cli;
+pub mod copy;
 pub mod dehydrate;
 pub mod digest;
 pub mod download;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use indicatif::HumanBytes;
-use rehydrator::cli::{self, Build, Cli, Command};
+use rehydrator::cli::{self, Build, Cli, Command, Mirror};
+use rehydrator::copy::{self, Copier};
 use rehydrator::dehydrate::{self, dehydrate};
 use rehydrator::extract::extract;
 use rehydrator::http::{Http, Retry};
@@ -136,7 +137,10 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             Ok(writeln!(out, "{}", digest.oci())?)
         }
-        Command::Mirror(mirror) => run_mirror(mirror, progress, &mut out),
+        Command::Mirror(mirror) => {
+            drop(out);
+            run_mirror(mirror, progress)
+        }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
             Ok(())
@@ -277,18 +281,43 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     }
 }
 
-fn run_mirror(command: cli::Mirror, progress: &Progress, out: &mut dyn Write) -> Result<()> {
-    let args = match command {
-        cli::Mirror::Releases(args) => args,
-        cli::Mirror::Gc { dest, dry_run, wait } => {
+fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
+    // Not locked: images are told of by the threads that copied them.
+    let out = &mut io::stdout();
+    match command {
+        Mirror::Releases(args) => mirror_releases(args, progress, out),
+        Mirror::Gc { dest, dry_run, wait } => {
             let removed = mirror::collect(&dest, dry_run, wait)?;
             let done = if dry_run { "would remove" } else { "removed" };
             for version in removed {
                 writeln!(out, "{done} {}, {}", version.dir.display(), HumanBytes(version.bytes))?;
             }
-            return Ok(());
+            Ok(())
         }
-    };
+        Mirror::Image(args) => {
+            let options = copy::Options {
+                platforms: args.platform,
+                tags: args.tags,
+                referrers: args.referrers,
+                dry_run: args.dry_run,
+            };
+            let copier = Copier::new(args.registry.options(), progress);
+            let copied = copier.copy(&args.source, &args.destination, &options)?;
+            Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
+        }
+        Mirror::Images(args) => {
+            let config = copy::config::Config::read(&args.config)?;
+            let copier = Copier::new(args.registry.options(), progress);
+            copy::images(&config, &copier, args.dry_run, |image, copied| {
+                // Whoever stopped reading it, still wants the images.
+                let line = copied_line(&image.source, &image.destination, copied);
+                let _ = writeln!(io::stdout(), "{line}");
+            })
+        }
+    }
+}
+
+fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn Write) -> Result<()> {
     let defaults = mirror::config::Defaults { keys: args.key, url: args.url };
     let config = mirror::config::Config::read(&args.config, &defaults)?;
     let Some(dest) = args.dest else {
@@ -306,8 +335,19 @@ fn run_mirror(command: cli::Mirror, progress: &Progress, out: &mut dyn Write) ->
     if let Some(path) = args.prometheus {
         summary.write_prometheus(&path)?;
     }
-    anyhow::ensure!(summary.failed.is_empty(), "mirror {}: {} failed", dest.display(), summary.failed.len());
+    ensure!(summary.failed.is_empty(), "mirror {}: {} failed", dest.display(), summary.failed.len());
     Ok(())
+}
+
+/// What was copied.
+fn copied_line(source: &str, destination: &str, copied: &copy::Copied) -> String {
+    format!(
+        "{source} -> {destination}: images: {}, blobs: {} ({}), already there: {}",
+        copied.images,
+        copied.blobs,
+        HumanBytes(copied.bytes),
+        copied.present
+    )
 }
 
 /// Unpacks an image.

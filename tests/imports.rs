@@ -39,6 +39,8 @@ const ORDER: &[&str] = &[
     "untar",
     "transport",
     "pull",
+    "mirror",
+    "copy",
     "cli",
     "main",
     "lib",

@@ -10,7 +10,7 @@ use reqwest::{Method, StatusCode};
 use super::Transport;
 use crate::digest::Digest;
 use crate::http::{Answer, Body, Failure, Http, Retry};
-use crate::registry::{Client, Manifest, Reference};
+use crate::registry::{Client, Manifest, Reference, not_found};
 
 /// An image in a registry.
 pub(super) struct Docker {
@@ -42,6 +42,19 @@ impl Transport for Docker {
         // Not the blob as a whole, which would be hashed here and once more by those who read it.
         let len = blob.size().saturating_sub(offset);
         Ok(Box::new(self.client.blob_range(&self.reference, digest, offset, len)?))
+    }
+
+    fn tags(&self) -> Result<Vec<String>> {
+        self.client.tags(&self.reference)
+    }
+
+    fn tagged(&self, tag: &str) -> Result<Option<Box<dyn Transport>>> {
+        let reference = self.reference.with_tag(tag)?;
+        match self.client.digest(&reference) {
+            Ok(_) => Ok(Some(Box::new(Self { client: self.client.clone(), reference }))),
+            Err(e) if not_found(&e) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     fn local(&self) -> bool {

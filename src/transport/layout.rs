@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
@@ -13,7 +14,7 @@ use crate::oci::layout::{INDEX, LAYOUT, blob_path, check_version};
 
 /// An image in a layout.
 pub(super) struct Layout {
-    files: Files,
+    files: Arc<Files>,
     /// Which one, where several are.
     tag: Option<String>,
 }
@@ -33,8 +34,13 @@ impl Layout {
         let version =
             serde_json::from_slice(&files.read(LAYOUT, MAX_DOCUMENT).context("not an OCI image layout")?);
         check_version(&version.context(LAYOUT)?)?;
-        Ok(Self { files, tag: tag.map(Into::into) })
+        Ok(Self { files: Arc::new(files), tag: tag.map(Into::into) })
     }
+}
+
+/// The name of an image in a layout.
+fn name(image: &Descriptor) -> Option<String> {
+    image.annotations().as_ref()?.get(ANNOTATION_REF_NAME).cloned()
 }
 
 /// Path and tag. As in skopeo, the path ends at the first colon.
@@ -42,11 +48,15 @@ pub(super) fn split(reference: &str) -> (&str, Option<&str>) {
     reference.split_once(':').map_or((reference, None), |(path, tag)| (path, Some(tag)))
 }
 
+impl Layout {
+    fn index(&self) -> Result<ImageIndex> {
+        serde_json::from_slice(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)
+    }
+}
+
 impl Transport for Layout {
     fn root(&self) -> Result<Manifest> {
-        let index: ImageIndex =
-            serde_json::from_slice(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)?;
-        let name = |image: &Descriptor| image.annotations().as_ref()?.get(ANNOTATION_REF_NAME).cloned();
+        let index = self.index()?;
         let images = index.manifests();
         let named = |tag: &str| images.iter().find(|image| name(image).as_deref() == Some(tag));
         let found = match &self.tag {
@@ -65,6 +75,16 @@ impl Transport for Layout {
         let digest: Digest = descriptor.digest().to_string().parse()?;
         let bytes = self.files.read(&blob_path(digest), MAX_DOCUMENT)?;
         Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
+    }
+
+    fn tags(&self) -> Result<Vec<String>> {
+        Ok(self.index()?.manifests().iter().filter_map(name).collect())
+    }
+
+    fn tagged(&self, tag: &str) -> Result<Option<Box<dyn Transport>>> {
+        let there = self.index()?.manifests().iter().any(|image| name(image).as_deref() == Some(tag));
+        let image = || Box::new(Self { files: Arc::clone(&self.files), tag: Some(tag.into()) }) as _;
+        Ok(there.then(image))
     }
 
     fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {

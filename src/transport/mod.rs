@@ -26,7 +26,7 @@ use crate::registry::{Client, Manifest, Options, Platform, Reference, is_index};
 pub const MAX_DOCUMENT: u64 = crate::oci::layout::MAX_DOCUMENT;
 
 /// How deep indexes may be nested in each other.
-const MAX_NESTED: usize = 4;
+pub const MAX_NESTED: usize = 4;
 
 /// A place that an image is read from.
 pub trait Transport: Send + Sync {
@@ -38,6 +38,16 @@ pub trait Transport: Send + Sync {
 
     /// The content of a blob from `offset` on. It need not be right: that is checked by those who read it.
     fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>>;
+
+    /// The names of all images beside this one.
+    fn tags(&self) -> Result<Vec<String>> {
+        bail!("one image has no tags: expected a registry, or an OCI layout")
+    }
+
+    /// The image beside this one that has this name, if there is one.
+    fn tagged(&self, _tag: &str) -> Result<Option<Box<dyn Transport>>> {
+        Ok(None)
+    }
 
     /// Whether blobs are on this machine already, so that nothing is gained by keeping copies of them.
     fn local(&self) -> bool {

@@ -8,6 +8,7 @@ mod cached;
 mod common;
 mod hostile;
 mod layers;
+mod mirrored;
 #[allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
 #[path = "../registry/common.rs"]
 mod registry;

@@ -1,0 +1,156 @@
+//! Mirroring images: digests stay what they are, what belongs to an image comes along, what is there is not sent again.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rehydrator::digest::Digest;
+use serde_json::{Value, json};
+
+use crate::common::{fails, ok, rehydrator, tool};
+use crate::layers::{Layer, Tar, layout};
+use crate::registry::{Registry, noise};
+
+fn mirror(args: &[&str]) -> Command {
+    let mut command = rehydrator();
+    command.args(["mirror", args[0], "--tls-verify=false"]).args(&args[1..]);
+    command
+}
+
+fn said(command: &mut Command) -> String {
+    String::from_utf8(ok(command)).unwrap().trim().to_owned()
+}
+
+/// The manifest, byte for byte, as skopeo finds it.
+fn raw(image: &str) -> Vec<u8> {
+    ok(tool("skopeo").args(["inspect", "--raw", "--tls-verify=false", image]))
+}
+
+fn push(from: &str, to: &str) {
+    ok(tool("skopeo").args(["copy", "--quiet", "--all", "--dest-tls-verify=false", from, to]));
+}
+
+fn image(dir: &Path, name: &str, seed: u64) -> String {
+    let tar = Tar::default().file("name", name).add(b'0', "noise", "", &noise(seed, 300_000)).end();
+    let shared = Tar::default().add(b'0', "shared", "", &noise(99, 300_000)).end();
+    layout(&dir.join(name), &[Layer::gzip(&shared), Layer::gzip(&tar)])
+}
+
+/// Makes a layout with one image one with an index of three platforms of it.
+fn with_index(dir: &Path) {
+    let index: Value = serde_json::from_slice(&fs::read(dir.join("index.json")).unwrap()).unwrap();
+    let platforms = [("amd64", None), ("arm", Some("v7")), ("s390x", None)];
+    let manifests = platforms.map(|(arch, variant)| {
+        let mut manifest = index["manifests"][0].clone();
+        manifest["platform"] = json!({ "os": "linux", "architecture": arch });
+        if let Some(variant) = variant {
+            manifest["platform"]["variant"] = variant.into();
+        }
+        manifest
+    });
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let list = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests }).to_string();
+    let digest = Digest::of(list.as_bytes());
+    fs::write(dir.join("blobs/sha256").join(digest.to_string()), &list).unwrap();
+    let entry = json!({ "mediaType": media_type, "digest": digest.oci(), "size": list.len(),
+        "annotations": { "org.opencontainers.image.ref.name": "latest" } });
+    fs::write(dir.join("index.json"), json!({ "schemaVersion": 2, "manifests": [entry] }).to_string())
+        .unwrap();
+}
+
+#[test]
+fn images_are_copied_as_they_are() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (from, to) = (Registry::plain(dir.path()), Registry::plain(dir.path()));
+    let (from, to) = (&from.address, &to.address);
+    let app = image(dir.path(), "app", 1);
+    with_index(&dir.path().join("app"));
+    let other = image(dir.path(), "other", 2);
+    let signature = image(dir.path(), "signature", 3);
+    for (image, tag) in [(&app, "v1"), (&other, "v2"), (&other, "v2-debug"), (&other, "latest")] {
+        push(image, &format!("docker://{from}/team/app:{tag}"));
+    }
+    let digest = Digest::of(&raw(&format!("docker://{from}/team/app:v1")));
+    for suffix in [".sig", ""] {
+        push(&signature, &format!("docker://{from}/team/app:sha256-{digest}{suffix}"));
+    }
+
+    let source = format!("{from}/team/app:v1");
+    let copied = format!("{to}/copy/app");
+    let line = said(&mut mirror(&["image", "--dry-run", &source, &copied]));
+    assert!(line.contains("images: 2, blobs: 6 (1."), "{line}");
+    assert!(
+        !tool("skopeo")
+            .args(["inspect", "--tls-verify=false", &format!("docker://{copied}")])
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
+    let line = said(&mut mirror(&["image", &source, &copied]));
+    // The signature has one blob that the image has, too.
+    assert!(line.contains("images: 2, blobs: 5"), "{line}");
+    assert_eq!(raw(&format!("docker://{copied}:latest")), raw(&format!("docker://{source}")));
+    let appended = |repository: &str, suffix: &str| format!("docker://{repository}:sha256-{digest}{suffix}");
+    assert_eq!(raw(&appended(&copied, ".sig")), raw(&appended(&format!("{from}/team/app"), ".sig")));
+    let line = said(&mut mirror(&["image", "--referrers", &source, &copied]));
+    assert!(line.ends_with("images: 3, blobs: 0 (0 B), already there: 9"), "{line}");
+    raw(&appended(&copied, ""));
+
+    // By tags, into another repository of the same registry, and into a layout.
+    let line = said(&mut mirror(&[
+        "image",
+        "--tags",
+        "- *-debug",
+        "--tags",
+        "v*",
+        &source,
+        &format!("{to}/copy/tags"),
+    ]));
+    assert!(line.contains("images: 3"), "{line}");
+    let tags =
+        ok(tool("skopeo").args(["list-tags", "--tls-verify=false", &format!("docker://{to}/copy/tags")]));
+    let tags: Value = serde_json::from_slice(&tags).unwrap();
+    assert_eq!(tags["Tags"], json!([format!("sha256-{digest}.sig"), "v1", "v2"]));
+    let layout = format!("oci:{}", dir.path().join("layout").display());
+    said(&mut mirror(&["image", "--tags", "v?", &source, &layout]));
+    assert_eq!(raw(&format!("{layout}:v1")), raw(&format!("docker://{source}")));
+    // From there back into a registry, as one archive, and one platform alone.
+    said(&mut mirror(&["image", &format!("{layout}:v1"), &format!("{to}/back/app:v1")]));
+    assert_eq!(raw(&format!("docker://{to}/back/app:v1")), raw(&format!("docker://{source}")));
+    let archive = format!("oci-archive:{}", dir.path().join("app.tar").display());
+    said(&mut mirror(&["image", &source, &archive]));
+    ok(tool("skopeo").args(["inspect", &archive]));
+    let one = format!("oci:{}:one", dir.path().join("one").display());
+    said(&mut mirror(&["image", "--platform", "linux/arm/v7", &source, &one]));
+    let index: Value = serde_json::from_slice(&raw(&one)).unwrap();
+    assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
+    let said = fails(&mut mirror(&["image", "--platform", "linux/mips", &source, &one]));
+    assert!(
+        said.contains("no image for linux/mips; there are: linux/amd64, linux/arm/v7, linux/s390x"),
+        "{said}"
+    );
+}
+
+#[test]
+fn one_that_fails_does_not_end_the_rest() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let registry = Registry::plain(dir.path());
+    let to = &registry.address;
+    let (first, last) = (image(dir.path(), "first", 1), image(dir.path(), "last", 2));
+    let config = dir.path().join("images.json");
+    let gone = format!("{to}/not/there:v1");
+    let entry =
+        |source: &str, name: &str| json!({ "source": source, "destination": format!("{to}/all/{name}") });
+    let images = [entry(&first, "first"), entry(&gone, "gone"), entry(&last, "last")];
+    fs::write(&config, json!({ "images": images }).to_string()).unwrap();
+    let config = config.to_str().unwrap();
+    let said = fails(&mut mirror(&["images", config]));
+    assert!(said.contains(&format!("1 of 3 images failed:\n{gone} -> {to}/all/gone: ")), "{said}");
+    for name in ["first", "last"] {
+        raw(&format!("docker://{to}/all/{name}"));
+    }
+    fs::write(config, r#"{"images":[{"source":"a","destination":"b","tag":["x"]}]}"#).unwrap();
+    let said = fails(&mut mirror(&["images", config]));
+    assert!(said.contains("unknown field `tag`"), "{said}");
+}
