@@ -39,7 +39,6 @@ const ORDER: &[&str] = &[
     "untar",
     "transport",
     "pull",
-    "mirror",
     "copy",
     "cli",
     "main",
