@@ -189,6 +189,9 @@ pub struct ImageArgs {
     /// share the data [default: this program]
     #[arg(long, value_name = "FILE")]
     pub binary: Vec<PathBuf>,
+    /// The largest layer, such as 1G; a longer blob is in several
+    #[arg(long, value_parser = parse_size, default_value = "4G", value_name = "SIZE")]
+    pub max_layer: u64,
     /// Sign the image with this OpenPGP secret key (simple signing)
     #[arg(long, value_name = "FILE")]
     pub sign_key: Option<PathBuf>,

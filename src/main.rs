@@ -249,6 +249,7 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             programs,
             output: &args.output,
             time: oci::image::source_date_epoch()?,
+            max_layer: args.max_layer,
             registry: args.registry.options(),
             signing: signing(&args, workdir)?,
             progress,

@@ -27,12 +27,19 @@ use crate::digest::{Digest, Hasher};
 use crate::progress::{Mode, Progress};
 use crate::recipe::{Blob, Index};
 use crate::registry::{self, Client, Options, Reference};
-use crate::source::Reader;
+use crate::source::{Reader, Slice};
 use crate::store::{self, Store};
 
 /// The largest layer, in bytes: registries that keep blobs in object stores refuse more than 5 GB at once, and 4 GiB
 /// leaves room for what they count differently.
 pub const MAX_LAYER: u64 = 4 << 30;
+
+/// The smallest cap on layers that is taken, in bytes.
+pub const MIN_LAYER: u64 = 64 << 10;
+
+/// What a tar file has beside the content of its one file, at most: directories, its header, padding and the end, of
+/// 512 bytes each or two.
+const OVERHEAD: u64 = 8 * 512;
 
 /// The most data layers; with those of the program and the metadata, 60. Container engines stack at most 127 or 128
 /// layers, and whoever builds on top of the image needs some of them.
@@ -62,6 +69,8 @@ pub struct Build<'a> {
     pub output: &'a str,
     /// What everything in it is stamped with, in seconds of the epoch.
     pub time: u64,
+    /// The largest layer, in bytes; a longer blob is in several.
+    pub max_layer: u64,
     /// How to speak to a registry.
     pub registry: Options,
     /// What signs it.
@@ -92,7 +101,8 @@ pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> R
     let programs = vec![program];
     let (registry, signing, progress) =
         (Options::default(), Signing::default(), &Progress::new(Mode::default()));
-    let build = Build { dehydrated, programs, output, time, registry, signing, progress };
+    let max_layer = MAX_LAYER;
+    let build = Build { dehydrated, programs, output, time, max_layer, registry, signing, progress };
     Ok(build.run()?.digest)
 }
 
@@ -102,7 +112,7 @@ impl Build<'_> {
         let target: Target = self.output.parse()?;
         let identity = self.identity(&target)?;
         let store = Store::open(self.dehydrated)?;
-        let groups = group(&store.index)?;
+        let groups = group(&store.index, self.max_layer)?;
         let staging = match &target {
             Target::Layout(destination) => Staging::new(destination.clone())?,
             Target::Registry(_) => Staging::passing(parent(self.dehydrated))?,
@@ -317,26 +327,57 @@ impl Releases {
     }
 }
 
-/// Blobs that share a layer.
+/// A blob, or a part of one that is longer than a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Piece {
+    blob: Blob,
+    /// Which part, of one that is in parts.
+    part: Option<u32>,
+    offset: u64,
+    size: u64,
+}
+
+impl Piece {
+    /// All pieces of `blob`, none of which makes a layer of more than `max` bytes.
+    fn of(blob: Blob, max: u64) -> Vec<Self> {
+        let most = max - OVERHEAD;
+        if blob.size <= most {
+            return vec![Self { blob, part: None, offset: 0, size: blob.size }];
+        }
+        let piece = |part: u64| Self {
+            blob,
+            part: Some(part as u32),
+            offset: part * most,
+            size: most.min(blob.size - part * most),
+        };
+        (0..blob.size.div_ceil(most)).map(piece).collect()
+    }
+
+    /// Its path in the dehydrated directory.
+    fn path(&self) -> String {
+        store::blob_path(&self.blob, self.part)
+    }
+
+    /// What a layer of this piece alone is at most, so that no sum of these is too small.
+    fn cost(&self) -> u64 {
+        self.size + OVERHEAD
+    }
+}
+
+/// Pieces that share a layer.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Group {
     /// The artifacts that need any of them, by their place in the index.
     artifacts: BTreeSet<usize>,
-    blobs: BTreeSet<Blob>,
+    blobs: BTreeSet<Piece>,
     /// Bytes in the layer.
     size: u64,
 }
 
 impl Group {
-    /// What a layer of this blob alone is at most: its directories, its header, padding and the end, of 512 bytes
-    /// each or two. So no sum of these is too small.
-    fn cost(blob: Blob) -> u64 {
-        blob.size.saturating_add(8 * 512)
-    }
-
-    fn add(&mut self, blob: Blob) {
-        self.size += Self::cost(blob);
-        self.blobs.insert(blob);
+    fn add(&mut self, piece: Piece) {
+        self.size += piece.cost();
+        self.blobs.insert(piece);
     }
 
     fn merge(&mut self, other: Self) {
@@ -348,7 +389,8 @@ impl Group {
 
 /// Divides the blobs into layers: those that the same artifacts need together, as long as they fit, and the smallest
 /// groups merged while there are too many; those that most artifacts need first.
-fn group(index: &Index) -> Result<Vec<Group>> {
+fn group(index: &Index, max: u64) -> Result<Vec<Group>> {
+    ensure!(max >= MIN_LAYER, "layers of {max} bytes: at least {MIN_LAYER} are needed");
     let mut needed_by = BTreeMap::<Blob, BTreeSet<usize>>::new();
     for (i, artifact) in index.artifacts.iter().enumerate() {
         for blob in index.blobs_of(artifact) {
@@ -363,21 +405,19 @@ fn group(index: &Index) -> Result<Vec<Group>> {
     let mut groups = Vec::new();
     for (artifacts, blobs) in by_artifacts {
         let mut group = Group { artifacts: artifacts.clone(), ..Group::default() };
-        for blob in blobs {
-            // A layer is the smallest thing a registry takes, and a blob is one file of one layer.
-            ensure!(
-                Group::cost(blob) < MAX_LAYER,
-                "blob {}: {} bytes: does not fit into a layer of {MAX_LAYER} bytes",
-                blob.sha256,
-                blob.size
-            );
-            if group.size + Group::cost(blob) > MAX_LAYER {
+        let pieces = blobs.into_iter().map(|blob| {
+            // More parts than there may be layers: not worth counting them.
+            ensure!(blob.size / max <= MAX_DATA_LAYERS as u64, no_room(max));
+            Ok(Piece::of(blob, max))
+        });
+        for piece in pieces.collect::<Result<Vec<_>>>()?.into_iter().flatten() {
+            if group.size > 0 && group.size + piece.cost() > max {
                 groups.push(std::mem::replace(
                     &mut group,
                     Group { artifacts: artifacts.clone(), ..Group::default() },
                 ));
             }
-            group.add(blob);
+            group.add(piece);
         }
         groups.push(group);
     }
@@ -387,16 +427,17 @@ fn group(index: &Index) -> Result<Vec<Group>> {
     while groups.len() > MAX_DATA_LAYERS {
         let (Some(last), Some(mut merged)) = (groups.pop(), groups.pop()) else { break };
         merged.merge(last);
-        ensure!(
-            merged.size <= MAX_LAYER,
-            "the blobs do not fit into {MAX_DATA_LAYERS} layers of {MAX_LAYER} bytes"
-        );
+        ensure!(merged.size <= max, no_room(max));
         let at = groups.partition_point(|g| g.size > merged.size);
         groups.insert(at, merged);
     }
     // Blobs are apart, so that the order is total.
     groups.sort_by(|a, b| b.artifacts.len().cmp(&a.artifacts.len()).then_with(|| a.blobs.cmp(&b.blobs)));
     Ok(groups)
+}
+
+fn no_room(max: u64) -> String {
+    format!("the blobs do not fit into {MAX_DATA_LAYERS} layers of {max} bytes")
 }
 
 /// A layer that is staged.
@@ -455,15 +496,21 @@ fn data_layer(staging: &Staging, store: &Store, group: &Group, time: u64) -> Res
         group
             .blobs
             .iter()
-            .map(|&expected| {
-                let name = format!("blobs/sha256/{}", expected.sha256);
+            .map(|piece| {
+                let (name, expected) = (piece.path(), piece.blob);
                 let blob = || format!("blob {}", expected.sha256);
                 let file = store.blob(&expected)?;
-                let file = Reader::new(&*file);
-                let (found, offset) =
-                    tar.file(&format!("{DATA}/{name}"), 0o644, expected.size, file).with_context(blob)?;
-                store::matches(&blob(), &found, &expected)?;
-                Ok((name, offset, expected.size))
+                let content = Slice::new(file.clone(), piece.offset, piece.size).with_context(blob)?;
+                let (found, offset) = tar
+                    .file(&format!("{DATA}/{name}"), 0o644, piece.size, Reader::new(&content))
+                    .with_context(blob)?;
+                match piece.part {
+                    None => store::matches(&blob(), &found, &expected)?,
+                    // What is in parts is checked once more than it is written.
+                    Some(0) => store.verify(&expected)?,
+                    Some(_) => {}
+                }
+                Ok((name, offset, piece.size))
             })
             .collect()
     })
@@ -560,12 +607,15 @@ mod tests {
         }
     }
 
+    fn blobs(group: &Group) -> BTreeSet<Blob> {
+        group.blobs.iter().map(|piece| piece.blob).collect()
+    }
+
     #[test]
     fn blobs_that_the_same_artifacts_need_share_a_layer() {
         let index = index(&[100, 200, 300, 1], &[&[0, 1, 2], &[0, 2], &[0, 2]]);
-        let groups = group(&index).unwrap();
-        let found: Vec<_> =
-            groups.iter().map(|g| (Vec::from_iter(g.artifacts.clone()), g.blobs.clone())).collect();
+        let groups = group(&index, MAX_LAYER).unwrap();
+        let found: Vec<_> = groups.iter().map(|g| (Vec::from_iter(g.artifacts.clone()), blobs(g))).collect();
         let mut expected = vec![
             (vec![0, 1, 2], BTreeSet::from([blob(0, 100), blob(2, 300)])),
             (vec![0], BTreeSet::from([blob(1, 200), blob(1000, 10)])),
@@ -581,7 +631,7 @@ mod tests {
         let sizes: Vec<_> = (0..200).map(|i| 1000 * (i + 1)).collect();
         let bases: Vec<_> = (0..200).map(|i| [i]).collect();
         let bases: Vec<&[usize]> = bases.iter().map(|b| &b[..]).collect();
-        let groups = group(&index(&sizes, &bases)).unwrap();
+        let groups = group(&index(&sizes, &bases), MAX_LAYER).unwrap();
         assert_eq!(groups.len(), MAX_DATA_LAYERS);
         assert_eq!(groups.iter().map(|g| g.blobs.len()).sum::<usize>(), 400);
         assert_eq!(groups.iter().flat_map(|g| &g.artifacts).count(), 200);
@@ -591,19 +641,26 @@ mod tests {
 
     #[test]
     fn no_layer_is_too_large() {
-        let groups = group(&index(&[3 << 30, 3 << 30], &[&[0, 1], &[0, 1]])).unwrap();
+        let groups = group(&index(&[3 << 30, 3 << 30], &[&[0, 1], &[0, 1]]), MAX_LAYER).unwrap();
         assert_eq!(groups.iter().filter(|g| g.artifacts.len() == 2).count(), 2);
         assert!(groups.iter().all(|g| g.size <= MAX_LAYER));
-        let e = group(&index(&[4 << 30], &[&[0]])).unwrap_err().to_string();
-        let name = blob(0, 0).sha256;
-        assert_eq!(
-            e,
-            format!("blob {name}: 4294967296 bytes: does not fit into a layer of 4294967296 bytes")
-        );
-        assert!(group(&index(&[u64::MAX], &[&[0]])).is_err());
-        let sizes = [3 << 30; MAX_DATA_LAYERS + 1];
-        let e = group(&index(&sizes, &[&Vec::from_iter(0..sizes.len())])).unwrap_err().to_string();
-        assert_eq!(e, "the blobs do not fit into 58 layers of 4294967296 bytes");
+        // Longer than a layer: in parts.
+        let size = 9 << 30;
+        let groups = group(&index(&[size], &[&[0]]), MAX_LAYER).unwrap();
+        assert!(groups.iter().all(|g| g.size <= MAX_LAYER));
+        let mut pieces: Vec<_> =
+            groups.iter().flat_map(|g| &g.blobs).filter(|p| p.blob == blob(0, size)).collect();
+        pieces.sort();
+        let parts: Vec<_> = pieces.iter().map(|p| p.part.unwrap()).collect();
+        assert_eq!(parts, [0, 1, 2]);
+        assert!(pieces.windows(2).all(|two| two[0].offset + two[0].size == two[1].offset));
+        assert_eq!(pieces.iter().map(|p| p.size).sum::<u64>(), size);
+        let no_room = "the blobs do not fit into 58 layers of 4294967296 bytes";
+        for sizes in [vec![u64::MAX], vec![3 << 30; MAX_DATA_LAYERS + 1]] {
+            let e = group(&index(&sizes, &[&Vec::from_iter(0..sizes.len())]), MAX_LAYER).unwrap_err();
+            assert_eq!(e.to_string(), no_room);
+        }
+        assert!(group(&index(&[1], &[&[0]]), 1000).is_err());
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Reads an image where it is: in a registry, a layout, an archive of one, or a directory of skopeo.
 //!
 //! The layers of an image say which files of the dehydrated directory they hold, and where; so an artifact is
-//! rehydrated without the layers it does not need. A file is fetched when it is first opened, whole, and a blob is
-//! checked by its name before anything is read of it; the rest of the metadata is checked by the index as in any
-//! dehydrated directory. What was fetched is kept in an unnamed temporary file until the end; small files in memory.
+//! rehydrated without the layers it does not need. The layer of the metadata is fetched whole and checked by its digest, so
+//! that the index is the one that the manifest, and so a signature, covers. A blob is fetched when it is first opened, as
+//! a range of its layer, and checked by its name before anything is read of it. What was fetched is kept in an unnamed
+//! temporary file until the end; what is small in memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -23,7 +24,7 @@ use crate::io::{read_limited, scratch_file};
 use crate::progress::Progress;
 use crate::recipe::Blob;
 use crate::registry::{Client, Manifest, Options, Reference, TRANSPORT, is_index};
-use crate::source::{self, Source};
+use crate::source::{self, Slice, Source};
 use crate::store::{self, BLOBS, Files, Store};
 
 /// The most images in an index that are looked at for data.
@@ -31,6 +32,9 @@ const MAX_IMAGES: usize = 64;
 
 /// A file of at most this many bytes is kept in memory.
 const SMALL: u64 = 256 << 10;
+
+/// The longest layer of metadata that is read, in bytes: several times the longest index.
+const MAX_METADATA: u64 = 256 << 20;
 
 /// Where an image is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -253,7 +257,7 @@ impl Image {
 
     /// Reads every configuration and layer of the image, and checks them and all that is in them by digest.
     pub fn verify(self: &Arc<Self>, progress: &Progress) -> Result<()> {
-        let store = self.store()?;
+        let (files, store) = (self.files()?, self.store()?);
         let metadata = store.metadata()?;
         let mut missing: BTreeMap<String, Blob> =
             store.index.blobs().into_iter().map(|blob| (format!("{BLOBS}/{}", blob.sha256), blob)).collect();
@@ -293,6 +297,15 @@ impl Image {
             store::matches(&what, &Blob { sha256: found, size: len }, &Blob { sha256: digest, size })?;
         }
         task.finish();
+        // What is in parts is checked as a whole.
+        for path in missing.keys().cloned().collect::<Vec<_>>() {
+            if let Some(blob) = missing.get(&path)
+                && files.contains_key(&format!("{path}.0"))
+            {
+                store.verify(blob).with_context(|| self.name.clone())?;
+                missing.remove(&path);
+            }
+        }
         ensure!(
             missing.is_empty(),
             "{}: {} blobs are in no layer, the first is {}",
@@ -455,22 +468,52 @@ impl Files for ImageFiles {
 
     fn open(&self, path: &str) -> io::Result<Arc<dyn Source>> {
         let place = self.files.get(path).ok_or(io::ErrorKind::NotFound)?;
+        self.once(path, || self.fetch(path, place))
+    }
+}
+
+impl ImageFiles {
+    /// What `get` gets, once.
+    fn once(
+        &self,
+        key: &str,
+        get: impl FnOnce() -> io::Result<Arc<dyn Source>>,
+    ) -> io::Result<Arc<dyn Source>> {
         let slot = {
             let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
-            fetched.entry(path.to_owned()).or_default().clone()
+            fetched.entry(key.to_owned()).or_default().clone()
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = &*slot {
             return Ok(file.clone());
         }
-        let file = self.fetch(path, place)?;
+        let file = get()?;
         *slot = Some(file.clone());
         Ok(file)
     }
-}
 
-impl ImageFiles {
     fn fetch(&self, path: &str, place: &Place) -> io::Result<Arc<dyn Source>> {
+        let Some(name) = path.strip_prefix(BLOBS).and_then(|path| path.strip_prefix('/')) else {
+            // The index is to be what the manifest, and so a signature, says: by the digest of the whole layer.
+            let (layer, size) = (place.layer, place.layer_size);
+            if size > MAX_METADATA {
+                let what = format!("layer {}: {size} bytes of metadata", layer.oci());
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+            }
+            let whole = Place { offset: 0, size, ..*place };
+            let layer = self.once(&layer.oci(), || self.get(&whole, Some(layer)))?;
+            return Ok(Arc::new(Slice::new(layer, place.offset, place.size)?));
+        };
+        // A part of a blob cannot be checked alone.
+        let expected = match name.contains('.') {
+            true => None,
+            false => Some(name.parse().map_err(io::Error::other)?),
+        };
+        self.get(place, expected)
+    }
+
+    /// Gets what is at `place`, and checks it.
+    fn get(&self, place: &Place, expected: Option<Digest>) -> io::Result<Arc<dyn Source>> {
         let part = self.image.part(place.layer, place.layer_size, place.offset, place.size)?;
         let mut part = Tee { inner: part, copy: Hasher::new(io::sink()), told: |_| {} };
         let file: Arc<dyn Source> = if place.size <= SMALL {
@@ -489,10 +532,8 @@ impl ImageFiles {
             Arc::new(source::File::new(file)?)
         };
         let (found, _) = part.copy.finish();
-        if let Some(name) = path.strip_prefix(BLOBS).and_then(|path| path.strip_prefix('/'))
-            && name != found.to_string()
-        {
-            let what = format!("sha256 mismatch: expected {name}, got {found}");
+        if let Some(expected) = expected.filter(|expected| *expected != found) {
+            let what = format!("sha256 mismatch: expected {expected}, got {found}");
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         Ok(file)

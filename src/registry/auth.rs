@@ -149,6 +149,10 @@ struct Entry {
 }
 
 fn lookup(bytes: &[u8], reference: &Reference) -> Result<Option<Credentials>> {
+    // Such as /dev/null: the way to say that there are none.
+    if bytes.is_empty() {
+        return Ok(None);
+    }
     // Nothing of the content goes into an error.
     let file: File = serde_json::from_slice(bytes)
         .map_err(|e| anyhow::anyhow!("line {}: not a file of credentials", e.line()))?;

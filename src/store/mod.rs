@@ -19,7 +19,7 @@ pub use writer::{BlobWriter, Writer};
 
 use crate::digest::Digest;
 use crate::recipe::{Blob, Index, MAX_INDEX};
-use crate::source::{self, Reader, Source};
+use crate::source::{self, Concat, Reader, Source};
 
 /// Name of the stream document.
 pub const STREAM: &str = "stream.json";
@@ -33,6 +33,9 @@ pub const INDEX_DIGEST: &str = "index.json.sha256";
 pub const SIGNATURES: &str = "signatures";
 /// Name of the directory of blobs.
 pub const BLOBS: &str = "blobs/sha256";
+
+/// The most parts of a blob that are looked for: as many as an image may have layers.
+const MAX_PARTS: u32 = 128;
 
 /// Where the files of a dehydrated directory are.
 pub trait Files: Send + Sync {
@@ -106,11 +109,32 @@ impl Store {
 
     /// Opens a blob, and checks its length.
     pub fn blob(&self, blob: &Blob) -> Result<Arc<dyn Source>> {
-        let file = self.files.open(&format!("{BLOBS}/{}", blob.sha256));
+        let file = match self.files.open(&blob_path(blob, None)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.parts(blob).and_then(|parts| parts.ok_or(e))
+            }
+            file => file,
+        };
         let file = file.with_context(|| format!("blob {} is missing", blob.sha256))?;
         let size = file.len();
         ensure!(size == blob.size, "blob {}: expected {} bytes, got {size}", blob.sha256, blob.size);
         Ok(file)
+    }
+
+    /// The parts of a blob that is stored in parts.
+    fn parts(&self, blob: &Blob) -> io::Result<Option<Arc<dyn Source>>> {
+        let mut parts = Vec::new();
+        for part in 0..MAX_PARTS {
+            match self.files.open(&blob_path(blob, Some(part))) {
+                Ok(file) => parts.push(file),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                Err(e) => return Err(e),
+            }
+        }
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Arc::new(Concat::new(parts)?)))
     }
 
     /// Reads all of a blob and checks its digest.
@@ -168,6 +192,14 @@ fn read_all(file: &dyn Source) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; file.len() as usize];
     file.read_at(0, &mut bytes)?;
     Ok(bytes)
+}
+
+/// The path of a blob in the directory, or of a part of one that is stored in parts, counted from 0.
+pub fn blob_path(blob: &Blob, part: Option<u32>) -> String {
+    match part {
+        None => format!("{BLOBS}/{}", blob.sha256),
+        Some(part) => format!("{BLOBS}/{}.{part}", blob.sha256),
+    }
 }
 
 /// What is in [`INDEX_DIGEST`] beside an index of these bytes.

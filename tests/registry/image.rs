@@ -422,3 +422,143 @@ fn keys_of_openssl() {
         assert!(e.contains("not of quay.io/x/other:z"), "{e}");
     }
 }
+
+#[test]
+fn small_layers_and_several_architectures() {
+    let release = Release::new();
+    let registry = Registry::plain(release.tmp.path());
+    // A program for another machine, as far as its header goes.
+    let (other, mut bytes) = (release.text("other"), fs::read(PROGRAM).unwrap());
+    let mut digests = Vec::new();
+    bytes[18] = if bytes[18] == 62 { 183 } else { 62 };
+    fs::write(&other, bytes).unwrap();
+    let there = format!("docker://{}/many:1", registry.address);
+    let cap = 1 << 20;
+    let options = ["--binary", PROGRAM, "--binary", &other, "--max-layer=1M", "--tls-verify=false"];
+    let digest = release.build(&there, &options);
+    let raw = |image: &str| -> Value {
+        serde_json::from_str(&run(&["skopeo", "inspect", "--raw", "--tls-verify=false", image])).unwrap()
+    };
+    let index = raw(&there);
+    assert_eq!(index["mediaType"], "application/vnd.oci.image.index.v1+json");
+    let mut shared = Vec::new();
+    for image in index["manifests"].as_array().unwrap() {
+        let digest = image["digest"].as_str().unwrap();
+        let manifest = raw(&format!("docker://{}/many@{digest}", registry.address));
+        let layers = manifest["layers"].as_array().unwrap().clone();
+        assert!(layers[1..].iter().all(|l| l["size"].as_u64().unwrap() <= cap), "{layers:?}");
+        assert!(layers.len() > 12, "{layers:?}");
+        shared.push(layers[1..].to_vec());
+        let arch = image["platform"]["architecture"].as_str().unwrap();
+        let own = [PROGRAM, "digest", &there, "--arch", arch, "--tls-verify=false"];
+        assert_eq!(run(&own).trim(), digest);
+        digests.push(digest.to_owned());
+    }
+    assert_eq!(shared[0], shared[1]);
+    assert_ne!(digests[0], digests[1]);
+    let e = fails(&[PROGRAM, "digest", &there, "--arch=s390x", "--tls-verify=false"]);
+    assert!(e.contains("no image for linux/s390x; there is one for linux/"), "{e}");
+
+    // What spans layers comes back: from there, and from a copy of all.
+    let layout = format!("oci:{}", release.text("all"));
+    let copy = ["skopeo", "copy", "--all", "--preserve-digests", "--src-tls-verify=false", &there, &layout];
+    run(&copy);
+    assert_eq!(digest, release.build(&format!("oci:{}", release.text("direct")), &options));
+    for place in [&there, &layout] {
+        let command = ["rehydrate", "-", "--disk=openstack", "--tls-verify=false", "--from", place];
+        assert!(release.stdout(&command) == release.openstack);
+        run(&[PROGRAM, "verify", "--rehydrate", "--tls-verify=false", place]);
+    }
+    // A blob in parts in a directory, as in a container.
+    let bundle = release.text("bundle");
+    let image = format!("{}:x", release.text("one"));
+    release.build(&format!("oci:{image}"), &["--max-layer=1M"]);
+    run(&["umoci", "unpack", "--rootless", "--image", &image, &bundle]);
+    let data = format!("{bundle}/rootfs/srv/dehydrated");
+    assert!(release.stdout(&["rehydrate", "-", "--disk=openstack", "--data", &data]) == release.openstack);
+    run(&[PROGRAM, "verify", "--data", &data]);
+}
+
+/// As an administrator brings an image to where no network is: from a registry into a directory or a layout, from there
+/// into another registry, the signatures along with it; and people there demand them.
+#[test]
+fn mirrored_offline() {
+    let release = Release::new();
+    let keys = SigningKeys::make(release.tmp.path());
+    let (far, near) = (Registry::plain(release.tmp.path()), Registry::plain(release.tmp.path()));
+    let source = format!("docker://{}/coreos/stable:44", far.address);
+    let (secret, cosign, file) =
+        (release.text("secret.asc"), release.text("cosign.private"), release.text("passphrase"));
+    let sign = ["--sign-key", &secret, "--cosign-key", &cosign, "--sign-passphrase-file", &file];
+    let digest = release.build(&source, &[&sign[..], &["--tls-verify=false"]].concat());
+    let signature = |image: &str| image.replace(":44", &format!(":{}.sig", digest.replace(':', "-")));
+    let tls = ["--src-tls-verify=false", "--dest-tls-verify=false"];
+    let copy = |from: &str, to: &str| {
+        run(&[&["skopeo", "--insecure-policy", "copy", "--preserve-digests"][..], &tls, &[from, to]].concat())
+    };
+    let places = [("dir", release.text("usb"), release.text("usb-sig")), {
+        let layout = release.text("layout");
+        ("oci", format!("{layout}:image"), format!("{layout}:sig"))
+    }];
+    for (number, (transport, image, signatures)) in places.iter().enumerate() {
+        let there = format!("docker://{}/mirror{number}/coreos/stable:44", near.address);
+        let (image, signatures) = (format!("{transport}:{image}"), format!("{transport}:{signatures}"));
+        copy(&source, &image);
+        copy(&signature(&source), &signatures);
+        copy(&image, &there);
+        copy(&signatures, &signature(&there));
+        // The lookaside tree is files, under the name of the repository.
+        let lookaside = release.path(&format!("lookaside{number}/mirror{number}"));
+        fs::create_dir_all(&lookaside).unwrap();
+        run(&["cp", "-r", &release.text("sigstore/coreos"), lookaside.to_str().unwrap()]);
+        let config = release.path("home/.config/containers/registries.d");
+        fs::create_dir_all(&config).unwrap();
+        let root = release.text(&format!("lookaside{number}"));
+        let yaml = format!(
+            "docker:\n  {}:\n    lookaside: file://{root}\n    use-sigstore-attachments: true\n",
+            near.address
+        );
+        fs::write(config.join("mirror.yaml"), yaml).unwrap();
+        let identity = json!({ "type": "remapIdentity",
+            "prefix": format!("{}/mirror{number}", near.address), "signedPrefix": far.address });
+        let policy = json!({ "default": [{ "type": "reject" }], "transports": { "docker": {
+            near.address.clone(): [
+                { "type": "signedBy", "keyType": "GPGKeys", "keyPath": release.text("public.asc"),
+                  "signedIdentity": identity },
+                { "type": "sigstoreSigned", "keyPath": release.text("cosign.pub"),
+                  "signedIdentity": identity },
+            ] } } });
+        fs::write(release.path("policy.json"), policy.to_string()).unwrap();
+        let (policy, registries) = (release.text("policy.json"), config.display().to_string());
+        let new = skopeo();
+        let demand = ["--policy", &policy, "--registries.d", &registries, "copy", "--src-tls-verify=false"];
+        let out = format!("dir:{}", release.text(&format!("out{number}")));
+        run(&[&refs(&new)[..], &demand, &[&there, &out]].concat());
+        let identity = format!("{}/coreos/stable:44", far.address);
+        let verify = [PROGRAM, "verify", &there, "--tls-verify=false", "--key", &release.text("public.asc")];
+        let rest = ["--cosign-key", &release.text("cosign.pub"), "--identity", &identity];
+        run(&[&verify[..], &rest, &["--lookaside", &release.text("sigstore")]].concat());
+
+        // What was not signed does not get in.
+        let other = there.replace("stable:44", "unsigned:44");
+        release.build(&other, &["--tls-verify=false"]);
+        fails(&[&refs(&new)[..], &demand, &[&other, &out]].concat());
+
+        let podman = |words: &[&str]| {
+            let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/ci/podman"));
+            command.env("HOME", release.path("home")).stdin(Stdio::null());
+            command.args(["--storage-driver=vfs", "--root", &release.text("podman")]);
+            command.args(["--runroot", &release.text("podman-run")]).args(words).output().unwrap()
+        };
+        let pull = ["pull", "--quiet", "--tls-verify=false", "--signature-policy", &policy];
+        let refused = podman(&[&pull[..], &[&other]].concat());
+        assert!(!refused.status.success());
+        let pulled = podman(&[&pull[..], &[&there]].concat());
+        assert!(pulled.status.success(), "{}", String::from_utf8_lossy(&pulled.stderr));
+        let confined = ["run", "--rm", "--read-only", "--network=none", "--cap-drop=all", "--user=1000"];
+        let name = there.strip_prefix("docker://").unwrap();
+        let ran = podman(&[&confined[..], &[name, "rehydrate", "-", "--disk=openstack"]].concat());
+        assert!(ran.stdout == release.openstack, "{}", String::from_utf8_lossy(&ran.stderr));
+    }
+    drop(keys);
+}
