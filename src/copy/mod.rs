@@ -15,7 +15,7 @@ pub mod config;
 pub mod filter;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
@@ -297,7 +297,7 @@ impl<'a> Copier<'a> {
             root = Some(written.0);
         }
         let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        staging.publish(root.context("no manifest")?)
+        staging.publish(root.context("no manifest")?, Vec::new())
     }
 }
 
