@@ -137,10 +137,10 @@ fn made_again(dir: &Path, name: &str) -> Result<Map, String> {
     Err(reason)
 }
 
-/// 3.5 MB of a bit of everything.
+/// 2 MB of a bit of everything.
 fn some_file(dir: &Path) {
     let code = fs::read("/bin/bash").unwrap();
-    let mut plain = Random(7).mixture(3_000_000, &code);
+    let mut plain = Random(7).mixture(1_500_000, &code);
     plain.extend(vec![0; 500_000]);
     fs::write(dir.join("plain"), plain).unwrap();
 }
@@ -159,14 +159,14 @@ fn xz_of_many_settings_and_two_versions() {
     for (i, command) in [
         "xz -c0 -T2 plain",
         "xz -c1 -T1 plain",
-        "xz -c2 -T2 --block-size=2MiB plain",
-        "xz -c3 -T1 --block-size=1MiB -C sha256 plain",
+        "xz -c2 -T2 --block-size=512KiB plain",
+        "xz -c3 -T1 --block-size=256KiB -C sha256 plain",
         "xz -c4 -T2 -C crc32 plain",
         "xz -c5e plain",
         "xz -c6 -T2 plain",
         "xz -c7 -C none plain",
         "xz -c9 -T2 plain",
-        "xz -c9e -T2 --block-size=2MiB plain",
+        "xz -c9e -T2 --block-size=512KiB plain",
         "xz -c --lzma2=preset=6,dict=3MiB plain",
         "xz -c0 plain; head -c 64 /dev/zero; xz -c6 -T2 plain",
         "head -c 0 plain | xz -c",
@@ -290,7 +290,7 @@ fn small_stream(dir: &Path) {
          gpg --batch --quiet --passphrase '' --quick-gen-key test@example.invalid ed25519 sign 2>/dev/null
          for raw in a b c d; do (cat plain; echo $raw) > $raw.raw; done
          cd artifacts
-         xz -c6 -T2 --block-size=2MiB ../a.raw > a.raw.xz; gzip -9 -c ../b.raw > b.raw.gz
+         xz -c6 -T2 --block-size=512KiB ../a.raw > a.raw.xz; gzip -9 -c ../b.raw > b.raw.gz
          (cd ..; zip -q -9j - c.raw | cat) > c.raw.zip; xz -c --x86 --lzma2=preset=1 ../d.raw > d.raw.xz
          for file in *; do gpg --batch --quiet --detach-sign -o $file.sig $file; done
          sum() { sha256sum $1 | cut -c1-64; }

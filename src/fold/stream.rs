@@ -139,7 +139,7 @@ pub(super) fn find_encoder(
 /// An encoder that makes a stream in one go.
 pub(super) enum Whole {
     Zlib(Deflate),
-    Gzip(Gzip),
+    Gzip(Box<Gzip>),
     Lzma2(xz::Encoder),
 }
 
@@ -201,7 +201,9 @@ fn find_whole(
     for params in candidates(Wrap::Raw) {
         alive.push(candidate(StreamEncoder::Zlib(params), Whole::Zlib(Deflate::new(params)?)));
     }
-    alive.extend((1..=9).map(|level| candidate(StreamEncoder::Gzip(level), Whole::Gzip(Gzip::new(level)))));
+    alive.extend(
+        (1..=9).map(|level| candidate(StreamEncoder::Gzip(level), Whole::Gzip(Box::new(Gzip::new(level))))),
+    );
     let mut feed = vec![0; FEED];
     let mut pos = 0;
     loop {
@@ -318,7 +320,7 @@ impl<'a> StreamWriter<'a> {
                 Self::Whole { whole: Whole::Zlib(Deflate::new(*params)?), feed: Vec::new(), out }
             }
             StreamEncoder::Gzip(level) => {
-                Self::Whole { whole: Whole::Gzip(Gzip::new(*level)), feed: Vec::new(), out }
+                Self::Whole { whole: Whole::Gzip(Box::new(Gzip::new(*level))), feed: Vec::new(), out }
             }
             StreamEncoder::Lzma2(params) => {
                 Self::Whole { whole: Whole::Lzma2(xz::Encoder::new(params)?), feed: Vec::new(), out }
