@@ -371,8 +371,7 @@ pub struct CacheArgs {
 /// Options of `pull`.
 #[derive(Clone, Debug, Args)]
 pub struct Pull {
-    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR,
-    /// containers-storage:NAME
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR
     #[arg(value_name = "REF")]
     pub reference: String,
     /// The directory to make: it is there when all of the image is in it, and not before

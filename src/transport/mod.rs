@@ -1,7 +1,7 @@
 //! Transports: the places that an image may be read from, all behind one small trait.
 //!
 //! ```text
-//! docker://NAME   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:NAME]   dir:DIR   containers-storage:NAME
+//! docker://NAME   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:NAME]   dir:DIR
 //! ```
 //!
 //! The names are those of skopeo and podman. A place gives manifests and blobs; what they mean, which platform is
@@ -65,6 +65,10 @@ pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
         "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
         "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
         "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
+        // Skopeo knows more; such a name must not be taken for that of a repository.
+        "containers-storage" | "docker-daemon" | "ostree" | "sif" | "tarball" => {
+            Err(anyhow::anyhow!("cannot be read; skopeo copy takes it to oci:DIR"))
+        }
         // What is no transport may be a registry with a port, or a name with a tag.
         _ => reference
             .parse::<Reference>()
