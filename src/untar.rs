@@ -161,7 +161,7 @@ impl<R: Input> Archive<R> {
     }
 
     /// The next member; none at the end of the archive.
-    pub fn next(&mut self) -> Result<Option<Member>> {
+    pub fn next_member(&mut self) -> Result<Option<Member>> {
         let mut extensions = Extensions::default();
         let mut extended = false;
         loop {

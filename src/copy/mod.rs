@@ -10,10 +10,6 @@
 
 pub mod config;
 // The globs of release mirrors.
-#[path = "../mirror/filter.rs"]
-#[allow(missing_docs, reason = "documented where it belongs")]
-pub mod filter;
-
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -24,8 +20,8 @@ use oci_spec::image::{Descriptor, ImageIndex};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use self::filter::{Filter, Filters};
 use crate::digest::{Digest, Hasher};
+use crate::mirror::filter::{Filter, Filters};
 use crate::oci::layout::{Destination, Staging, blob_path};
 use crate::progress::Progress;
 use crate::registry::{Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index};

@@ -93,13 +93,17 @@ fn killed_at_ten_points() {
     std::thread::scope(|scope| {
         let watcher = scope.spawn(|| watch(&dest, &expected, &stop, &looks));
         let points = noise(seed, 10);
-        for i in 0..10 {
+        for (i, point) in points.iter().enumerate() {
             fs::remove_dir_all(&*dest.lock().unwrap()).unwrap();
             let mut child = site.command().spawn().unwrap();
             // One in each tenth of a run, the last when every byte has arrived, and the links are still to be made.
-            let part = if i == 9 { 2550 } else { 255 * i as u64 + u64::from(points[i]) };
+            let part = if i == 9 { 2550 } else { 255 * i as u64 + u64::from(*point) };
             while bytes(&site.dest("")) < whole * part / 2550 {
-                assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+                // It may end between the count and the question.
+                assert!(
+                    child.try_wait().unwrap().is_none() || bytes(&site.dest("")) >= whole * part / 2550,
+                    "it ended before it was killed"
+                );
                 std::thread::sleep(Duration::from_millis(1));
             }
             child.kill().unwrap();

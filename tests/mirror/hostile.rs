@@ -142,7 +142,8 @@ fn hostile_links() {
     expected.extend(["all/", "all/1.0.0/", "stable/"].map(String::from));
     expected.extend(["stable/1.0.0 -> ../all/1.0.0".into(), "stable/current -> ../all/1.0.0".into()]);
     let mut found = names(&site.tree());
-    (expected.sort(), found.sort());
+    expected.sort();
+    found.sort();
     assert_eq!(found, expected);
     // Each is named, and nothing of it was asked for.
     let url = format!("{}/{DIR}/", nginx.url);
