@@ -547,6 +547,10 @@ fn mirrored_offline() {
 
         // Its names of directories must be short.
         let storage = tempfile::tempdir().unwrap();
+        // podman of Debian 12 has "sigstore disabled": it gets the other demand alone.
+        let mut openpgp: Value = serde_json::from_slice(&fs::read(&policy).unwrap()).unwrap();
+        openpgp["transports"]["docker"][&near.address].as_array_mut().unwrap().truncate(1);
+        fs::write(&policy, openpgp.to_string()).unwrap();
         let podman = |words: &[&str]| {
             let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/ci/podman"));
             command.env("HOME", release.path("home")).stdin(Stdio::null());
