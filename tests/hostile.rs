@@ -143,6 +143,9 @@ fn some_index() -> Index {
         output: NamedFile { name: name.into(), blob: blob(2) },
         signature: Some(blob(3)),
         source,
+        published_map: None,
+        encoders: ["a 1".to_owned()].into(),
+        not_published: Some("nobody knows".into()),
         map: None,
         stored: 77,
     };

@@ -98,7 +98,7 @@ fn segment_map(content: &[u8]) {
         );
         // Crafted corrections can make preflate run for long: docs/format.md.
         if !format!("{map:?}").contains("Preflate") {
-            let _ = fold::fold(&map, &mut Reader::new(&Zeros(MAX_PLAIN)), &mut Bounded(MAX_PLAIN));
+            let _ = fold::fold(&map, &mut Reader::new(&Zeros(MAX_PLAIN)), &mut Bounded(MAX_PLAIN), CACHE);
         }
     }
 }
@@ -134,7 +134,7 @@ fn unfold(bytes: &[u8]) {
     if let Some(map) = unfolded.map {
         let mut folded = Vec::new();
         // What unfolds comes back, or is found out: that is for the proof of `dehydrate`.
-        if fold::fold(&map, &mut Reader::new(&*unfolded.plain), &mut folded).is_ok() {
+        if fold::fold(&map, &mut Reader::new(&*unfolded.plain), &mut folded, CACHE).is_ok() {
             assert!(folded == bytes, "other bytes came back");
         }
     }
