@@ -234,7 +234,7 @@ fn attack(name: &str) {
         try_one(&format!("mutation {n}"), &bytes);
         n += 1;
     }
-    println!("{name}: {n} mutations");
+    eprintln!("{name}: {n} mutations");
 }
 
 macro_rules! attacks {
