@@ -181,7 +181,7 @@ fn xz_of_many_settings_and_two_versions() {
         let name = format!("{i}.xz");
         sh(dir, &format!("({}) > {name}", command.replace("TRIXIE", &of_debian_13)));
         let map = made_again(dir, &name).unwrap_or_else(|why| panic!("{command}: {why}"));
-        assert!(map.to_bytes().len() < 600, "{command}: a map of {}", map.to_bytes().len());
+        assert!(map.to_bytes().len() < 1000, "{command}: a map of {}", map.to_bytes().len());
     }
     for (command, wanted) in [
         ("xz -c --x86 --lzma2=preset=6 plain", "it has filters before LZMA2, which are not known here"),
