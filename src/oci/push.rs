@@ -30,7 +30,7 @@ pub(super) fn blobs(
     let mut left: Vec<_> = blobs.iter().filter(|blob| seen.insert(blob.digest().to_string())).collect();
     // The last is taken first: the largest.
     left.sort_by_key(|blob| blob.size());
-    let task = progress.task(&format!("push {}", to.name()), Some(left.iter().map(|b| b.size()).sum()));
+    let task = progress.task(format!("push {}", to.name()), Some(left.iter().map(|b| b.size()).sum()));
     let (left, failed) = (Mutex::new(left), Mutex::new(None));
     let work = || {
         while let Some(blob) = left.lock().unwrap_or_else(PoisonError::into_inner).pop() {
@@ -62,7 +62,10 @@ pub(super) fn blobs(
     });
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(e) => Err(e),
-        None => Ok(task.finish()),
+        None => {
+            task.finish();
+            Ok(())
+        }
     }
 }
 

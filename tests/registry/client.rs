@@ -119,7 +119,7 @@ fn with_tls_and_a_password() {
     assert!(start.elapsed() < Duration::from_secs(2), "tried again");
     let unchecked = Options { cert_dir: None, tls_verify: false, ..registry.options() };
     assert_eq!(Client::new(unchecked).digest(&name).unwrap(), manifest.digest);
-    let command = [PROGRAM, "digest", &flags[0], "--tls-verify=false", &there];
+    let command = [PROGRAM, "digest", flags[0], "--tls-verify=false", &there];
     assert_eq!(run(&command), line);
 }
 

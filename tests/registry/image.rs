@@ -165,7 +165,9 @@ fn straight_into_a_registry_and_out_of_it() {
         assert_eq!(stream, fs::read(release.path("dehydrated/stream.json")).unwrap());
         let list: Value = serde_json::from_slice(&release.stdout(&refs(&args(&["list", "--json"])))).unwrap();
         assert!(list.to_string().contains("coreos-qemu-disk.qcow2"), "{list}");
-        run(&refs(&[&[PROGRAM.to_string(), "verify".into()], &flags[..], &[place.clone()]].concat()));
+        run(&refs(
+            &[&[PROGRAM.to_string(), "verify".into()], &flags[..], std::slice::from_ref(place)].concat(),
+        ));
         run(&refs(&[&[PROGRAM.to_string()][..], &args(&["verify", "--rehydrate"])].concat()));
     }
 }
