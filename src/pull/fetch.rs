@@ -126,9 +126,10 @@ impl<'a> Fetcher<'a> {
                 Entry::Whole(file) => {
                     let found = Digest::of_reader(&file).context("cache")?;
                     if found == (digest, descriptor.size()) {
-                        return Ok(blob.change(|state| {
+                        blob.change(|state| {
                             (state.file, state.available) = (Some(Arc::new(file)), descriptor.size());
-                        }));
+                        });
+                        return Ok(());
                     }
                     tracing::warn!("layer {}: damaged in the cache: fetching it again", digest.oci());
                     cache.discard(digest, &file)?;

@@ -98,7 +98,7 @@ impl Unpacker {
     }
 
     fn apply<R: Input>(&mut self, archive: &mut Archive<R>) -> Result<()> {
-        while let Some(member) = archive.next()? {
+        while let Some(member) = archive.next_member()? {
             self.member(&member, archive)
                 .with_context(|| format!("member {:?}", String::from_utf8_lossy(&member.path)))?;
         }

@@ -69,7 +69,7 @@ impl Files {
         file.seek(SeekFrom::Start(0))?;
         let mut members = HashMap::new();
         let mut archive = Archive::new(BufReader::new(file.try_clone()?));
-        while let Some(member) = archive.next()? {
+        while let Some(member) = archive.next_member()? {
             let name = clean(&member.path);
             let found = match member.kind {
                 Kind::File => Member::Content { start: archive.position(), len: member.size },
