@@ -226,7 +226,7 @@ fn trees_are_those_of_umoci_and_podman() {
         places.push(reference);
     }
     places.push(format!("docker-archive:{}:test:3", at("docker.tar").display()));
-    ok(tool("gzip").arg(at("oci.tar")));
+    ok(tool("gzip").arg("-k").arg(at("oci.tar")));
     places.push(format!("oci-archive:{}.gz", at("oci.tar").display()));
     for place in places {
         ok(pull(&place, &at("other")).env("REHYDRATOR_LOG", "off"));
