@@ -463,7 +463,7 @@ fn small_layers_and_several_architectures() {
     assert_eq!(shared[0], shared[1]);
     assert_ne!(digests[0], digests[1]);
     let e = fails(&[PROGRAM, "digest", &there, "--arch=s390x", "--tls-verify=false"]);
-    assert!(e.contains("no image for linux/s390x; there is one for linux/"), "{e}");
+    assert!(e.contains("no image for linux/s390x; there are: linux/"), "{e}");
 
     // What spans layers comes back: from there, and from a copy of all.
     let layout = format!("oci:{}", release.text("all"));
