@@ -6,6 +6,9 @@
 //! sink ◄──── fold ◄──────── source ◄─────────────┘               (run: rehydrate)
 //! ```
 //!
+//! Around it: [`oci`] makes, signs and reads the image that carries a store, [`registry`] speaks with registries,
+//! [`mirror`] keeps releases and [`copy`] keeps images elsewhere, [`pull`] unpacks an image into a directory.
+//!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
 pub mod bytes;
