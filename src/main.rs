@@ -34,6 +34,7 @@ use rehydrator::{download, memory, mirror, oci, report};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    memory::return_large_blocks();
     let cli = Cli::parse();
     let progress = Progress::new(cli.progress);
     let filter = EnvFilter::try_from_env("REHYDRATOR_LOG").unwrap_or_else(|_| "rehydrator=warn".into());
