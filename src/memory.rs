@@ -15,7 +15,7 @@ pub fn available() -> u64 {
 /// Gives memory for clusters, grains and frames back to the system as soon as it is free. Left to itself, glibc keeps
 /// ever larger blocks for later in the heap of each thread, which doubles what a process that decodes needs.
 pub fn return_large_blocks() {
-    /// Blocks from this length on are mapped each for itself: those of decoded clusters, and not those of a delta.
+    /// Blocks from this length on are mapped each for itself, such as those of decoded clusters.
     const LARGE: libc::c_int = 256 << 10;
     // SAFETY: sets a number of the allocator; called before there are other threads.
     #[allow(unsafe_code, reason = "glibc has no other way to say it")]

@@ -22,10 +22,10 @@ use serde::Deserialize;
 
 use crate::digest::{Digest, Hasher};
 use crate::mirror::filter::{Filter, Filters};
-use crate::oci::layout::{Destination, Staging, blob_path};
+use crate::oci::layout::{Destination, Staging};
 use crate::progress::Progress;
 use crate::registry::{Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index};
-use crate::transport::{self, Transport};
+use crate::transport::{self, Transport, belongs, blob_path};
 
 /// How many blobs of an image are copied at once.
 const PARALLEL: usize = 4;
@@ -233,7 +233,8 @@ impl<'a> Copier<'a> {
             }
             let task = self.progress.task(format!("blob {:.12}", digest.to_string()), Some(blob.size()));
             let open = |offset| -> io::Result<Box<dyn Read + '_>> {
-                let content: Box<dyn Read + '_> = from.blob(blob, offset).map_err(io::Error::other)?;
+                let content: Box<dyn Read + '_> =
+                    from.part(blob, offset, blob.size().saturating_sub(offset)).map_err(io::Error::other)?;
                 Ok(content)
             };
             let sent = |bytes| task.advance(bytes);
@@ -273,7 +274,7 @@ impl<'a> Copier<'a> {
             count(copied, !there, blob.size());
             if let Some(staging) = staging.as_ref().filter(|_| !there) {
                 let task = self.progress.task(format!("blob {:.12}", digest.to_string()), Some(blob.size()));
-                let content = from.blob(blob, 0)?.take(blob.size().saturating_add(1));
+                let content = from.part(blob, 0, blob.size())?.take(blob.size().saturating_add(1));
                 let (found, ()) = staging.blob(blob.media_type().clone(), |mut out| {
                     let mut hasher = Hasher::new(&mut out);
                     io::copy(&mut task.reader(content), &mut hasher)?;
@@ -339,12 +340,6 @@ fn collect(from: &dyn Transport, document: Manifest, parts: &mut Parts, depth: u
     }
     parts.manifests.push(document);
     Ok(())
-}
-
-/// Whether a tag is one of those under which something is found that belongs to an image.
-fn belongs(tag: &str) -> bool {
-    tag.strip_prefix("sha256-")
-        .is_some_and(|rest| rest.get(..64).is_some_and(|hex| hex.parse::<Digest>().is_ok()))
 }
 
 /// `+ GLOB`, `- GLOB`; a glob alone takes what it matches, and then nothing else is taken.

@@ -22,25 +22,12 @@ use tempfile::{NamedTempFile, TempDir};
 use super::layer::tar_header;
 use crate::digest::{Digest, Hasher};
 use crate::registry::{Reference, TRANSPORT};
-
-/// The longest `index.json` of an existing layout that is read, in bytes: what skopeo and registries take for a
-/// manifest.
-pub const MAX_DOCUMENT: u64 = 4 << 20;
-
-/// The tag where none is given.
-pub const DEFAULT_TAG: &str = "latest";
+use crate::transport::{
+    BLOBS, DEFAULT_TAG, INDEX, LAYOUT, MAX_DOCUMENT, blob_path, check_version, oci_digest,
+};
 
 /// The longest tag, in bytes; a full reference fits in it.
 const MAX_TAG: usize = 512;
-
-/// The file that marks a layout and says its version.
-pub const LAYOUT: &str = "oci-layout";
-
-/// The file that names the images of a layout.
-pub const INDEX: &str = "index.json";
-
-/// Where the blobs of a layout are.
-const BLOBS: &str = "blobs/sha256";
 
 /// What the names of unfinished files begin with.
 const TEMPORARY: &str = ".rehydrator-";
@@ -233,11 +220,6 @@ impl Staging {
     }
 }
 
-/// A digest as `oci_spec` has it.
-pub fn oci_digest(digest: Digest) -> Result<oci_spec::image::Digest> {
-    Ok(digest.oci().parse()?)
-}
-
 /// The tar file of a layout, sorted, with nothing in it that depends on time or place.
 fn archive(layout: &Path, out: impl Write) -> Result<()> {
     let mut tar = tar::Builder::new(out);
@@ -255,19 +237,12 @@ fn archive(layout: &Path, out: impl Write) -> Result<()> {
 }
 
 /// Reads the index of the layout in `dir`, an empty one if there is no layout. Refuses a version that is not known.
-pub(super) fn read_index(dir: &Path) -> Result<Value> {
+fn read_index(dir: &Path) -> Result<Value> {
     if !dir.join(LAYOUT).exists() {
         return Ok(json!({ "schemaVersion": 2, "mediaType": MediaType::ImageIndex, "manifests": [] }));
     }
     check_version(&read_json(&dir.join(LAYOUT))?)?;
     read_json(&dir.join(INDEX))
-}
-
-/// Checks the content of [`LAYOUT`].
-pub fn check_version(layout: &Value) -> Result<()> {
-    let version = &layout["imageLayoutVersion"];
-    ensure!(version == "1.0.0", "OCI image layout version {version}: expected \"1.0.0\"");
-    Ok(())
 }
 
 /// The index with `tag` naming `root` and nothing else; all that is not about `tag` stays.
@@ -292,11 +267,6 @@ fn read_json(path: &Path) -> Result<Value> {
     File::open(path).with_context(at)?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).with_context(at)?;
     ensure!(bytes.len() as u64 <= MAX_DOCUMENT, "{}: longer than {MAX_DOCUMENT} bytes", at());
     serde_json::from_slice(&bytes).with_context(at)
-}
-
-/// Where a blob is in a layout.
-pub fn blob_path(digest: Digest) -> String {
-    format!("{BLOBS}/{digest}")
 }
 
 /// The blobs of the layout in `dir`, sorted, as paths from there.

@@ -185,7 +185,10 @@ impl<'a> Fetcher<'a> {
         io::copy(&mut ReadAt { file, pos: 0, end: have }, &mut hasher)?;
         task.restart(have);
         let mut pos = have;
-        let mut content = self.transport.blob(descriptor, have)?.take(descriptor.size() - have + 1);
+        let mut content = self
+            .transport
+            .part(descriptor, have, descriptor.size() - have)?
+            .take(descriptor.size() - have + 1);
         let mut buffer = vec![0; BUFFER];
         loop {
             if self.cancelled.load(Ordering::Relaxed) {

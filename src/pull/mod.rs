@@ -112,7 +112,7 @@ pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: 
     let mut unpacker = Unpacker::new(staging.fd.try_clone()?, options.owners, options.max_size)?;
     let fetched = if transport.local() {
         for (layer, diff_id) in layers.iter().zip(&diff_ids) {
-            let checked = Checked::new(transport.blob(layer, 0)?, layer)?;
+            let checked = Checked::new(transport.part(layer, 0, layer.size())?, layer)?;
             unpacker.layer(checked, Some(*diff_id)).with_context(|| format!("layer {}", layer.digest()))?;
         }
         0

@@ -31,7 +31,7 @@ impl Transport for Dir {
         Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
     }
 
-    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {
+    fn part(&self, blob: &Descriptor, offset: u64, _len: u64) -> Result<Box<dyn Read + Send>> {
         let digest: Digest = blob.digest().to_string().parse()?;
         Ok(Box::new(self.0.open(&digest.to_string(), offset)?))
     }

@@ -33,14 +33,13 @@ impl Transport for Docker {
         self.client.manifest(&self.reference.with_digest(descriptor.digest().to_string().parse()?))
     }
 
-    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {
+    fn part(&self, blob: &Descriptor, offset: u64, len: u64) -> Result<Box<dyn Read + Send>> {
         let digest: Digest = blob.digest().to_string().parse()?;
         let urls = blob.urls().as_deref().unwrap_or_default();
         if !urls.is_empty() && !self.client.has_blob(&self.reference, digest)? {
             return foreign(urls, offset).with_context(|| format!("foreign layer {}", blob.digest()));
         }
         // Not the blob as a whole, which would be hashed here and once more by those who read it.
-        let len = blob.size().saturating_sub(offset);
         Ok(Box::new(self.client.blob_range(&self.reference, digest, offset, len)?))
     }
 
@@ -55,6 +54,10 @@ impl Transport for Docker {
             Err(e) if not_found(&e) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    fn reference(&self) -> Option<&Reference> {
+        Some(&self.reference)
     }
 
     fn local(&self) -> bool {

@@ -13,9 +13,8 @@ use serde::Deserialize;
 
 use super::files::Files;
 use super::layout::split;
-use super::{MAX_DOCUMENT, Manifest, Transport};
+use super::{MAX_DOCUMENT, Manifest, Transport, oci_digest};
 use crate::digest::Digest;
-use crate::oci::layout::oci_digest;
 
 /// An image in an archive.
 pub(super) struct DockerArchive {
@@ -97,7 +96,7 @@ impl Transport for DockerArchive {
         anyhow::bail!("{}: not there: the archive holds single images", descriptor.digest())
     }
 
-    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {
+    fn part(&self, blob: &Descriptor, offset: u64, _len: u64) -> Result<Box<dyn Read + Send>> {
         let digest: Digest = blob.digest().to_string().parse()?;
         let name = self.names.get(&digest).with_context(|| format!("{}: not there", blob.digest()))?;
         Ok(Box::new(self.files.open(name, offset)?))

@@ -1,16 +1,40 @@
-//! `oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]`: OCI image layouts. [`crate::oci::layout`] writes them.
+//! `oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]`: OCI image layouts. `oci/layout.rs` writes them.
 
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
+use serde_json::Value;
 
 use super::files::Files;
-use super::{MAX_DOCUMENT, Manifest, Transport};
+use super::{MAX_DOCUMENT, Manifest, Transport, belongs};
 use crate::digest::Digest;
-use crate::oci::layout::{INDEX, LAYOUT, blob_path, check_version};
+
+/// The file that marks a layout and says its version.
+pub const LAYOUT: &str = "oci-layout";
+
+/// The file that names the images of a layout.
+pub const INDEX: &str = "index.json";
+
+/// Where the blobs of a layout are.
+pub const BLOBS: &str = "blobs/sha256";
+
+/// The tag where none is given.
+pub const DEFAULT_TAG: &str = "latest";
+
+/// Where a blob is in a layout.
+pub fn blob_path(digest: Digest) -> String {
+    format!("{BLOBS}/{digest}")
+}
+
+/// Checks the content of [`LAYOUT`].
+pub fn check_version(layout: &Value) -> Result<()> {
+    let version = &layout["imageLayoutVersion"];
+    ensure!(version == "1.0.0", "OCI image layout version {version}: expected \"1.0.0\"");
+    Ok(())
+}
 
 /// An image in a layout.
 pub(super) struct Layout {
@@ -57,12 +81,14 @@ impl Layout {
 impl Transport for Layout {
     fn root(&self) -> Result<Manifest> {
         let index = self.index()?;
-        let images = index.manifests();
+        // Signatures are not what is meant, unless they are named.
+        let mut images = index.manifests().clone();
+        images.retain(|image| self.tag.is_some() || !name(image).is_some_and(|tag| belongs(&tag)));
         let named = |tag: &str| images.iter().find(|image| name(image).as_deref() == Some(tag));
         let found = match &self.tag {
             Some(tag) => named(tag).with_context(|| format!("no image {tag:?}")),
             None if images.len() == 1 => Ok(&images[0]),
-            None => named(crate::oci::layout::DEFAULT_TAG).context("several images: one must be named"),
+            None => named(DEFAULT_TAG).context("several images: one must be named"),
         };
         let found = found.with_context(|| {
             let names: Vec<_> = images.iter().filter_map(name).collect();
@@ -87,10 +113,22 @@ impl Transport for Layout {
         Ok(there.then(image))
     }
 
-    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>> {
+    fn part(&self, blob: &Descriptor, offset: u64, _len: u64) -> Result<Box<dyn Read + Send>> {
         let Ok(digest) = blob.digest().to_string().parse() else {
             bail!("{}: not a sha256 digest", blob.digest());
         };
         Ok(Box::new(self.files.open(&blob_path(digest), offset)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::split;
+
+    #[test]
+    fn path_and_tag() {
+        assert_eq!(split("a/b"), ("a/b", None));
+        assert_eq!(split("a:t"), ("a", Some("t")));
+        assert_eq!(split("a:h:80/x:t"), ("a", Some("h:80/x:t")));
     }
 }

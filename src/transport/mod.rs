@@ -22,8 +22,10 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
 use crate::digest::Digest;
 use crate::registry::{Client, Manifest, Options, Platform, Reference, is_index};
 
-/// The longest manifest or configuration that is read, in bytes: what registries take at most.
-pub const MAX_DOCUMENT: u64 = crate::oci::layout::MAX_DOCUMENT;
+pub use layout::{BLOBS, DEFAULT_TAG, INDEX, LAYOUT, blob_path, check_version};
+
+/// The longest manifest, index or configuration that is read, in bytes: what registries take at most.
+pub const MAX_DOCUMENT: u64 = 4 << 20;
 
 /// How deep indexes may be nested in each other.
 pub const MAX_NESTED: usize = 4;
@@ -36,8 +38,14 @@ pub trait Transport: Send + Sync {
     /// A manifest that an index names. Its digest has been checked.
     fn manifest(&self, descriptor: &Descriptor) -> Result<Manifest>;
 
-    /// The content of a blob from `offset` on. It need not be right: that is checked by those who read it.
-    fn blob(&self, blob: &Descriptor, offset: u64) -> Result<Box<dyn Read + Send>>;
+    /// `len` bytes of a blob from `offset` on; there may come more, or less. They need not be right: that is checked by
+    /// those who read them.
+    fn part(&self, blob: &Descriptor, offset: u64, len: u64) -> Result<Box<dyn Read + Send>>;
+
+    /// The name of the image in a registry, where it is in one.
+    fn reference(&self) -> Option<&Reference> {
+        None
+    }
 
     /// The names of all images beside this one.
     fn tags(&self) -> Result<Vec<String>> {
@@ -135,11 +143,22 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>> {
     ensure!(blob.size() <= MAX_DOCUMENT, "{} bytes: more than {MAX_DOCUMENT}", blob.size());
     let mut bytes = Vec::new();
-    transport.blob(blob, 0)?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
+    transport.part(blob, 0, blob.size())?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
     let expected: Digest = blob.digest().to_string().parse()?;
     let found = Digest::of(&bytes);
     ensure!(found == expected, "sha256 mismatch: expected {expected}, got {found}");
     Ok(bytes)
+}
+
+/// Whether a tag is one of those under which something is found that belongs to an image, such as its signatures.
+pub fn belongs(tag: &str) -> bool {
+    tag.strip_prefix("sha256-")
+        .is_some_and(|rest| rest.get(..64).is_some_and(|hex| hex.parse::<Digest>().is_ok()))
+}
+
+/// A digest as `oci_spec` has it.
+pub fn oci_digest(digest: Digest) -> Result<oci_spec::image::Digest> {
+    Ok(digest.oci().parse()?)
 }
 
 /// What a manifest says it is, or what its content shows that it is.
