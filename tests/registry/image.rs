@@ -308,7 +308,7 @@ fn signed_and_believed_by_skopeo() {
     };
     let good = standalone(&manifest, &name);
     assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
-    assert!(!standalone(&manifest, &name.replace("44", "45")).status.success());
+    assert!(!standalone(&manifest, &tagged(&name, "45")).status.success());
     let changed = release.text("changed.json");
     fs::write(&changed, raw.replacen("stable", "stablE", 1)).unwrap();
     assert!(!standalone(&changed, &name).status.success());
@@ -353,14 +353,14 @@ fn signed_and_believed_by_skopeo() {
 
     // The same image signed again has the same cosign signature, and one more of OpenPGP.
     assert_eq!(release.build(&there, &[&sign[..], &file].concat()), digest);
-    let tag = there.replace(":44", &format!(":sha256-{hex}.sig"));
+    let tag = tagged(&there, &format!("sha256-{hex}.sig"));
     let signatures: Value =
         serde_json::from_str(&run(&["skopeo", "inspect", "--raw", "--tls-verify=false", &tag])).unwrap();
     assert_eq!(signatures["layers"].as_array().unwrap().len(), 1);
     assert!(Path::new(&signature.replace("signature-1", "signature-2")).exists());
 
     // Another name, and an image that nobody signed.
-    let other = there.replace(":44", ":45");
+    let other = tagged(&there, "45");
     let retag = ["skopeo", "copy", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
     run(&[&retag[..], &[&there, &other]].concat());
     let e = fails(&refs(&verify(&other)));
@@ -485,6 +485,11 @@ fn small_layers_and_several_architectures() {
     run(&[PROGRAM, "verify", "--data", &data]);
 }
 
+/// The name of an image with another tag. (A port of the registry may hold the digits of a tag.)
+fn tagged(image: &str, tag: &str) -> String {
+    format!("{}:{tag}", image.rsplit_once(':').unwrap().0)
+}
+
 /// As an administrator brings an image to where no network is: from a registry into a directory or a layout, from there
 /// into another registry, the signatures along with it; and people there demand them.
 #[test]
@@ -497,7 +502,7 @@ fn mirrored_offline() {
         (release.text("secret.asc"), release.text("cosign.private"), release.text("passphrase"));
     let sign = ["--sign-key", &secret, "--cosign-key", &cosign, "--sign-passphrase-file", &file];
     let digest = release.build(&source, &[&sign[..], &["--tls-verify=false"]].concat());
-    let signature = |image: &str| image.replace(":44", &format!(":{}.sig", digest.replace(':', "-")));
+    let signature = |image: &str| tagged(image, &format!("{}.sig", digest.replace(':', "-")));
     let tls = ["--src-tls-verify=false", "--dest-tls-verify=false"];
     let copy = |from: &str, to: &str| {
         run(&[&["skopeo", "--insecure-policy", "copy", "--preserve-digests"][..], &tls, &[from, to]].concat())
