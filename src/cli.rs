@@ -50,6 +50,8 @@ pub enum Command {
     /// Keep mirrors
     #[command(subcommand)]
     Mirror(Mirror),
+    /// Serve over HTTP
+    Serve(Serve),
     /// Print shell completions
     Completions {
         /// The shell
@@ -536,4 +538,12 @@ pub struct MirrorReleases {
     /// Write metrics to this file, for the textfile collector of Prometheus' node exporter
     #[arg(long, value_name = "FILE")]
     pub prometheus: Option<PathBuf>,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Address and port to listen on
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
+    pub listen: std::net::SocketAddr,
 }

@@ -36,6 +36,7 @@ pub mod recipe;
 pub mod registry;
 pub mod rehydrate;
 pub mod report;
+pub mod serve;
 pub mod sink;
 pub mod source;
 pub mod store;

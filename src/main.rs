@@ -30,7 +30,7 @@ use rehydrator::store::Store;
 use rehydrator::transport;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
-use rehydrator::{download, memory, mirror, oci, report};
+use rehydrator::{download, memory, mirror, oci, report, serve};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -141,6 +141,10 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Mirror(mirror) => {
             drop(out);
             run_mirror(mirror, progress)
+        }
+        Command::Serve(args) => {
+            drop(out);
+            serve::run(&serve::Options { listen: args.listen })
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);

@@ -40,6 +40,7 @@ const ORDER: &[&str] = &[
     "mirror",
     "pull",
     "copy",
+    "serve",
     "cli",
     "main",
     "lib",
