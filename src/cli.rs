@@ -12,6 +12,7 @@ use crate::progress::Mode;
 use crate::recipe::Tier;
 use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
+use crate::serve::listen::Address;
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
@@ -273,6 +274,14 @@ pub struct Data {
     /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
     #[arg(long, value_name = "IMAGE")]
     pub from: Option<Origin>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+}
+
+/// How images are to be signed, and fetched.
+#[derive(Clone, Debug, Args)]
+pub struct Signed {
     /// The image must be signed with one of these OpenPGP keys: a file or a directory of files; may be repeated
     #[arg(long, value_name = "FILE")]
     pub key: Vec<PathBuf>,
@@ -540,10 +549,56 @@ pub struct MirrorReleases {
     pub prometheus: Option<PathBuf>,
 }
 
-/// Arguments of `serve`.
+/// Options of `serve`.
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// Address and port to listen on
-    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
-    pub listen: std::net::SocketAddr,
+    /// Where to listen: ADDRESS:PORT or unix:PATH; may be repeated [default: the sockets that systemd hands over, else
+    /// 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Vec<Address>,
+    /// A dehydrated directory to serve; may be repeated [default: /srv/dehydrated, if no image is named either]
+    #[arg(long, env = "REHYDRATOR_DATA", value_name = "DIR")]
+    pub data: Vec<PathBuf>,
+    /// An image to serve, as after --from of rehydrate; may be repeated
+    #[arg(long, value_name = "IMAGE")]
+    pub from: Vec<Origin>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    /// Certificate of the server and of its authorities, in PEM; read again on SIGHUP
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Key of the certificate, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Where clients find the server, as behind a proxy [default: the host they ask for]
+    #[arg(long, value_name = "URL")]
+    pub base_url: Option<url::Url>,
+    /// Memory for rehydrating, such as 512M [default: a quarter of what the machine or the cgroup has, at least 256M]
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub memory: Option<u64>,
+    /// Directory for files that took work to make; they have no names, and are gone with the process [default: $TMPDIR]
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// How many bytes of them are kept at most
+    #[arg(long, value_parser = parse_size, default_value = "16G", value_name = "SIZE")]
+    pub cache_size: u64,
+    /// How many of them are made at a time
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub rehydrations: usize,
+    /// Serve the Ignition configs in this directory below /ignition/, to everyone
+    #[arg(long, value_name = "DIR")]
+    pub ignition: Option<PathBuf>,
+    /// Where requests are logged, one JSON object a line: a file, - for stdout, or `none`
+    #[arg(long, default_value = "-", value_name = "FILE")]
+    pub access_log: PathBuf,
+    /// The most connections at a time; who comes then must wait
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    pub connections: usize,
+    /// How long a client may take for a request, for the next one, and to take any byte of an answer
+    #[arg(long, value_parser = parse_duration, default_value = "30s", value_name = "TIME")]
+    pub timeout: Duration,
+    /// How long downloads may go on after SIGTERM; a second one ends them
+    #[arg(long, value_parser = parse_duration, default_value = "10m", value_name = "TIME")]
+    pub drain: Duration,
 }

@@ -1,7 +1,7 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::io::read_limited;
 use rehydrator::oci::cosign::{PrivateKey, PublicKey};
-use rehydrator::oci::read::Image;
+use rehydrator::oci::read::{self, Image};
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
 use rehydrator::progress::Progress;
@@ -25,6 +25,7 @@ use rehydrator::pull::{self, Owners};
 use rehydrator::recipe::Tier;
 use rehydrator::registry::{Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
+use rehydrator::serve::listen::{Limits, TlsFiles};
 use rehydrator::source::{self, Source};
 use rehydrator::store::Store;
 use rehydrator::transport;
@@ -102,7 +103,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             let options = rehydrate::Options { memory: quarter(), validate: true, force: false, form };
             let mut data = args.data;
             data.from = data.from.or(args.image);
-            let store = match image(&data)? {
+            let store = match image(data.from.as_ref(), &data.signed)? {
                 Some(image) => {
                     image.verify(progress)?;
                     Arc::new(image.store()?)
@@ -144,7 +145,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         }
         Command::Serve(args) => {
             drop(out);
-            serve::run(&serve::Options { listen: args.listen })
+            run_serve(args)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
@@ -157,33 +158,71 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
     }
 }
 
-/// The image that `data` names, if any, once its signatures are checked.
-fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
+/// The image at `from`, if any, once its signatures are checked.
+fn image(from: Option<&read::Origin>, signed: &cli::Signed) -> Result<Option<Arc<Image>>> {
     let mut policy = Policy {
-        cosign: data.cosign_key.as_deref().map(PublicKey::read).transpose()?,
-        lookaside: data.lookaside.clone(),
-        identity: data.identity.clone(),
+        cosign: signed.cosign_key.as_deref().map(PublicKey::read).transpose()?,
+        lookaside: signed.lookaside.clone(),
+        identity: signed.identity.clone(),
         ..Policy::default()
     };
-    for path in &data.key {
+    for path in &signed.key {
         policy.keys.read(path)?;
     }
-    let Some(from) = &data.from else {
+    let Some(from) = from else {
         // Otherwise nothing would be checked where a check was asked for.
         ensure!(policy.is_empty(), "--key and --cosign-key are about an image: --from names it");
         return Ok(None);
     };
-    let image = Image::open(from, data.registry.options())?;
+    let image = Image::open(from, signed.registry.options())?;
     policy.check(&image)?;
     Ok(Some(Arc::new(image)))
 }
 
 /// The dehydrated directory that `data` names.
 fn open(data: &cli::Data) -> Result<Arc<Store>> {
-    Ok(Arc::new(match image(data)? {
+    open_at(&data.data, data.from.as_ref(), &data.signed)
+}
+
+/// The dehydrated directory in the image `from`, or else at `path`.
+fn open_at(path: &Path, from: Option<&read::Origin>, signed: &cli::Signed) -> Result<Arc<Store>> {
+    Ok(Arc::new(match image(from, signed)? {
         Some(image) => image.store()?,
-        None => Store::open(&data.data)?,
+        None => Store::open(path)?,
     }))
+}
+
+fn run_serve(args: cli::Serve) -> Result<()> {
+    let mut stores = Vec::new();
+    for from in &args.from {
+        stores.push(open_at(Path::new(""), Some(from), &args.signed)?);
+    }
+    if args.from.is_empty() {
+        // Says so when keys are given that no image is there for.
+        image(None, &args.signed)?;
+    }
+    let mut data = args.data;
+    if data.is_empty() && args.from.is_empty() {
+        data.push("/srv/dehydrated".into());
+    }
+    for dir in &data {
+        stores.push(Arc::new(Store::open(dir)?));
+    }
+    let tls = args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsFiles { cert, key });
+    let limits = Limits { connections: args.connections, timeout: args.timeout, drain: args.drain };
+    let options = serve::Options {
+        listen: args.listen,
+        tls,
+        base_url: args.base_url,
+        memory: args.memory.unwrap_or_else(quarter),
+        cache: args.cache.unwrap_or_else(std::env::temp_dir),
+        cache_size: args.cache_size,
+        rehydrations: args.rehydrations,
+        ignition: args.ignition,
+        access_log: args.access_log,
+        limits,
+    };
+    serve::run(stores, &options)
 }
 
 /// What `args` want the image to be signed with.
@@ -391,7 +430,7 @@ fn cache_of(args: &cli::CacheArgs) -> Result<Option<Cache>> {
 
 /// Looks into an artifact of a dehydrated directory, or into any file.
 fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
-    let path = std::path::Path::new(&args.what);
+    let path = Path::new(&args.what);
     let source: Arc<dyn Source> = if path.is_file() {
         Arc::new(source::File::new(std::fs::File::open(path).with_context(|| args.what.clone())?)?)
     } else {

@@ -218,6 +218,17 @@ impl SourceSpec {
         }
     }
 
+    /// Its length in bytes.
+    pub fn plain_size(&self) -> u64 {
+        match self {
+            Self::Stored { blob } => blob.size,
+            Self::Zeros { size: plain_size }
+            | Self::Zstd { plain_size, .. }
+            | Self::Delta { plain_size, .. }
+            | Self::Rootfs { plain_size, .. } => *plain_size,
+        }
+    }
+
     /// The sources it is made of.
     pub fn inputs(&self) -> &[usize] {
         match self {

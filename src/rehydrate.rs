@@ -170,28 +170,34 @@ impl Rehydrator {
         }
     }
 
-    fn write_out(&self, i: usize, dir: &Path) -> Result<()> {
+    /// Writes source `i` to an unnamed file in `dir`, each cluster of it decoded once, and reads it from there.
+    pub fn write_out(&self, i: usize, dir: &Path) -> Result<()> {
         let source = self.sources.get(&self.store.index.sources, i)?;
-        if source.len() >= LARGE_BASE {
-            let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
-            let clusters = self.cache().scatter(&*source, &file)?;
-            tracing::debug!(source = i, clusters, decodes = clusters, "written out");
-            self.sources.substitute(i, Arc::new(source::File::new(file)?));
-        }
+        let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
+        let clusters = self.cache().scatter(&*source, &file)?;
+        tracing::debug!(source = i, clusters, decodes = clusters, "written out");
+        self.sources.substitute(i, Arc::new(source::File::new(file)?));
         Ok(())
     }
 
-    /// Writes the large bases that `artifacts` share to unnamed files in `dir`, each cluster of the live rootfs decoded
-    /// once, and reads them from there.
-    fn write_out_bases(&self, artifacts: &[&Artifact], dir: &Path) -> Result<()> {
+    /// The large bases of `artifact` that lie in another order than the live rootfs they are made of, by index, with
+    /// their lengths: worth to be written out.
+    pub fn bases(&self, artifact: &Artifact) -> Vec<(usize, u64)> {
         let specs = &self.store.index.sources;
-        // What is mostly made of those files has them in front. The ISO, which has them last, reads a few clusters.
-        let over_rootfs = |i: &usize| {
-            specs[*i].inputs().first().is_some_and(|&input| matches!(specs[input], SourceSpec::Rootfs { .. }))
+        let base = |i: usize| {
+            let size = specs[i].plain_size();
+            // What is mostly made of those files has them in front. The ISO, which has them last, reads a few clusters.
+            let over_rootfs = matches!(specs[*specs[i].inputs().first()?], SourceSpec::Rootfs { .. });
+            (over_rootfs && size >= LARGE_BASE).then_some((i, size))
         };
+        self.store.index.sources_of(artifact).into_iter().filter_map(base).collect()
+    }
+
+    /// Writes the bases that `artifacts` share to unnamed files in `dir`.
+    fn write_out_bases(&self, artifacts: &[&Artifact], dir: &Path) -> Result<()> {
         let mut done = BTreeSet::new();
         for artifact in artifacts {
-            for i in self.store.index.sources_of(artifact).into_iter().filter(over_rootfs) {
+            for (i, _) in self.bases(artifact) {
                 if done.insert(i) {
                     self.write_out(i, dir).map_err(|e| self.diagnose(artifact, e))?;
                 }

@@ -222,7 +222,7 @@ fn wanted(
 }
 
 /// The version of a file. Names that are fit for files of a download need not be for those of a web server.
-fn version_of(stream: &Stream, item: &Item) -> Result<String> {
+pub fn version_of(stream: &Stream, item: &Item) -> Result<String> {
     let release = || {
         let (_, arch) = stream.architectures.0.iter().find(|(arch, _)| *arch == item.arch)?;
         let (_, platform) = arch.artifacts.0.iter().find(|(platform, _)| *platform == item.platform)?;
@@ -285,13 +285,26 @@ fn releases(
 fn rewrite(mut stream: Stream, base: &Url, plan: &Plan, versions: &[Version]) -> Result<Vec<u8>> {
     let at: BTreeMap<&str, &Wanted> =
         versions.iter().flat_map(|v| &v.files).map(|file| (file.url.as_str(), file)).collect();
+    relocate(&mut stream, base, |location| {
+        let wanted = at.get(location)?;
+        Some((&*wanted.path, matches!(wanted.proof, Proof::Signature { .. })))
+    })
+    .with_context(|| format!("the document of {}", plan.label().display()))
+}
+
+/// Makes `stream` one of files below `base`, of which `place` says where the one that is at a URL now is, and whether its
+/// signature is beside it. What has no place is left out. Gives the document.
+pub fn relocate<'a>(
+    stream: &mut Stream,
+    base: &Url,
+    place: impl Fn(&str) -> Option<(&'a Path, bool)>,
+) -> Result<Vec<u8>> {
     for (_, arch) in &mut stream.architectures.0 {
         for (_, platform) in &mut arch.artifacts.0 {
             for (_, files) in &mut platform.formats.0 {
                 files.0.retain_mut(|(_, file)| {
-                    let Some(wanted) = at.get(file.location.as_str()) else { return false };
-                    file.location = url_of(base, &wanted.path);
-                    let signed = matches!(wanted.proof, Proof::Signature { .. });
+                    let Some((path, signed)) = place(&file.location) else { return false };
+                    file.location = url_of(base, path);
                     file.signature = signed.then(|| format!("{}{SIGNATURE}", file.location));
                     true
                 });
@@ -300,8 +313,7 @@ fn rewrite(mut stream: Stream, base: &Url, plan: &Plan, versions: &[Version]) ->
         }
         arch.artifacts.0.retain(|(_, platform)| !platform.formats.0.is_empty());
     }
-    let mut json = serde_json::to_vec_pretty(&stream)
-        .with_context(|| format!("the document of {}", plan.label().display()))?;
+    let mut json = serde_json::to_vec_pretty(stream)?;
     json.push(b'\n');
     Ok(json)
 }

@@ -546,9 +546,9 @@ impl State {
         Some(data)
     }
 
-    /// Puts bytes into a `Busy` entry; nothing when it is gone, as after the end of a plan.
+    /// Puts bytes into a `Busy` entry; nothing when it is gone, as after the end of a plan, or another thread was faster.
     fn put(&mut self, key: Key, data: Data) {
-        let Some(entry) = self.entries.get_mut(&key) else { return };
+        let Some(entry) = self.entries.get_mut(&key).filter(|e| matches!(e.data, Data::Busy)) else { return };
         match &data {
             Data::Busy => {}
             Data::Hot(bytes) => {

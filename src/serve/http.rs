@@ -1,0 +1,205 @@
+//! What HTTP asks of every file: conditions, ranges, methods, names.
+
+use std::ops::Range;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+
+use crate::digest::Digest;
+
+/// The longest header of conditions or ranges that is looked at, in bytes.
+const MAX_HEADER: usize = 8 << 10;
+
+/// A file to be sent.
+pub struct File<'a> {
+    /// Its name where it is to be saved; none for what is to be shown.
+    pub name: Option<&'a str>,
+    /// Its media type.
+    pub media_type: &'static str,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its digest.
+    pub digest: Digest,
+}
+
+/// A plain answer in words.
+pub fn say(status: StatusCode, text: impl Into<String>) -> Response<Body> {
+    let mut text = text.into();
+    text.push('\n');
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// What a request wants of a file.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// All or part of its bytes, or only their headers.
+    Bytes(Range<u64>),
+    /// Nothing: the client has it.
+    NotModified,
+    /// Bytes that it does not have.
+    Unsatisfiable,
+    /// Another file.
+    Failed,
+}
+
+impl File<'_> {
+    fn etag(&self) -> String {
+        format!("\"{}\"", self.digest)
+    }
+
+    /// What `headers` want.
+    pub fn wanted(&self, method: &Method, headers: &HeaderMap) -> Wanted {
+        let etag = self.etag();
+        let get = |name| {
+            headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok()).filter(|v| v.len() <= MAX_HEADER)
+        };
+        let listed = |list: &str, weak: bool| {
+            list.split(',').map(str::trim).any(|tag| {
+                tag == "*" || tag == etag || weak && tag.strip_prefix("W/").is_some_and(|tag| tag == etag)
+            })
+        };
+        if get(header::IF_MATCH).is_some_and(|list| !listed(list, false)) {
+            return Wanted::Failed;
+        }
+        if get(header::IF_NONE_MATCH).is_some_and(|list| listed(list, true)) {
+            return Wanted::NotModified;
+        }
+        let all = Wanted::Bytes(0..self.size);
+        // A date is none of ours.
+        if method != Method::GET || get(header::IF_RANGE).is_some_and(|tag| tag.trim() != etag) {
+            return all;
+        }
+        match get(header::RANGE).and_then(|range| parse_range(range, self.size)) {
+            None => all,
+            Some(None) => Wanted::Unsatisfiable,
+            Some(Some(range)) => Wanted::Bytes(range),
+        }
+    }
+
+    /// The answer, whose body, if it has one, `body` makes.
+    pub fn respond(
+        &self,
+        method: &Method,
+        wanted: &Wanted,
+        body: impl FnOnce(Range<u64>) -> Body,
+    ) -> Response<Body> {
+        let mut response = Response::new(Body::empty());
+        let headers = response.headers_mut();
+        let mut set = |name, value: String| {
+            if let Ok(value) = HeaderValue::try_from(value) {
+                headers.insert(name, value);
+            }
+        };
+        set(header::ETAG, self.etag());
+        set(header::ACCEPT_RANGES, "bytes".into());
+        // The same path may have another release tomorrow; the ETag makes asking again cheap.
+        set(header::CACHE_CONTROL, "no-cache".into());
+        let status = match wanted {
+            Wanted::NotModified => StatusCode::NOT_MODIFIED,
+            Wanted::Failed => StatusCode::PRECONDITION_FAILED,
+            Wanted::Unsatisfiable => {
+                set(header::CONTENT_RANGE, format!("bytes */{}", self.size));
+                StatusCode::RANGE_NOT_SATISFIABLE
+            }
+            Wanted::Bytes(range) => {
+                set(header::CONTENT_TYPE, self.media_type.into());
+                set(header::CONTENT_LENGTH, (range.end - range.start).to_string());
+                if let Some(name) = self.name {
+                    set(header::CONTENT_DISPOSITION, disposition(name));
+                }
+                let part = *range != (0..self.size);
+                if part {
+                    set(
+                        header::CONTENT_RANGE,
+                        format!("bytes {}-{}/{}", range.start, range.end - 1, self.size),
+                    );
+                }
+                if part { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK }
+            }
+        };
+        *response.status_mut() = status;
+        if let (Wanted::Bytes(range), &Method::GET) = (wanted, method) {
+            *response.body_mut() = body(range.clone());
+        }
+        response
+    }
+
+    /// The answer for bytes in memory.
+    pub fn bytes(&self, method: &Method, headers: &HeaderMap, bytes: &Bytes) -> Response<Body> {
+        let wanted = self.wanted(method, headers);
+        self.respond(method, &wanted, |range| {
+            Body::from(bytes.slice(range.start as usize..range.end as usize))
+        })
+    }
+}
+
+/// Parses `bytes=A-B`, `bytes=A-` and `bytes=-N` of a file of `size` bytes. `None` where the header is to be ignored,
+/// which it is with several ranges: all of the file is a right answer to that. `Some(None)` where there are no such bytes.
+fn parse_range(text: &str, size: u64) -> Option<Option<Range<u64>>> {
+    let (unit, range) = text.split_once('=')?;
+    if !unit.trim().eq_ignore_ascii_case("bytes") {
+        return None;
+    }
+    let (first, last) = range.trim().split_once('-')?;
+    let number = |text: &str| -> Option<u64> {
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        // A number that no integer holds is larger than any file.
+        digits.then(|| text.parse().unwrap_or(u64::MAX))
+    };
+    let (start, end) = match (first, last) {
+        ("", n) => (size.saturating_sub(number(n)?), if number(n)? == 0 { 0 } else { size }),
+        (a, "") => (number(a)?, size),
+        (a, b) => {
+            let (a, b) = (number(a)?, number(b)?);
+            if b < a {
+                return None;
+            }
+            (a, b.saturating_add(1).min(size))
+        }
+    };
+    Some((start < end).then_some(start..end))
+}
+
+/// Names that are plain go as they are, others as RFC 8187 has it.
+fn disposition(name: &str) -> String {
+    if name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+-".contains(&b)) {
+        return format!("attachment; filename=\"{name}\"");
+    }
+    let encoded = percent_encoding::utf8_percent_encode(name, percent_encoding::NON_ALPHANUMERIC);
+    format!("attachment; filename*=UTF-8''{encoded}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges() {
+        for (text, range) in [
+            ("bytes=0-0", Some(Some(0..1))),
+            ("bytes=5-", Some(Some(5..10))),
+            ("bytes=-3", Some(Some(7..10))),
+            ("bytes=-99", Some(Some(0..10))),
+            ("bytes=0-99999999999999999999999", Some(Some(0..10))),
+            ("Bytes = 2-3 ", Some(Some(2..4))),
+            ("bytes=10-", Some(None)),
+            ("bytes=99999999999999999999999-", Some(None)),
+            ("bytes=-0", Some(None)),
+            ("bytes=4-2", None),
+            ("bytes=0-1,4-5", None),
+            ("bytes=-", None),
+            ("bytes=+1-2", None),
+            ("bytes=1 - 2", None),
+            ("lines=0-1", None),
+            ("bytes", None),
+        ] {
+            assert_eq!(parse_range(text, 10), range, "{text}");
+        }
+        assert_eq!(parse_range("bytes=0-", 0), Some(None));
+    }
+}
