@@ -308,6 +308,10 @@ pub struct Rehydrate {
     /// Do not check digests while writing
     #[arg(long)]
     pub skip_validate: bool,
+    /// Check the SHA-256 digests that the stream metadata has, and not only the BLAKE3 digests that were recorded when
+    /// those were proven: slower where the processor has no instructions for SHA-256
+    #[arg(long, conflicts_with = "skip_validate")]
+    pub sha256: bool,
     /// Replace files in the directory that differ
     #[arg(long)]
     pub force: bool,

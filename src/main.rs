@@ -19,6 +19,7 @@ use rehydrator::oci::cosign::{PrivateKey, PublicKey};
 use rehydrator::oci::read::Image;
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
+use rehydrator::produce::Check;
 use rehydrator::progress::Progress;
 use rehydrator::pull::cache::{self, Cache};
 use rehydrator::pull::{self, Owners};
@@ -88,7 +89,11 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             let options = rehydrate::Options {
                 memory: args.memory.unwrap_or(memory),
-                validate: !args.skip_validate,
+                check: match (args.skip_validate, args.sha256) {
+                    (true, _) => Check::Nothing,
+                    (false, true) => Check::Sha256,
+                    (false, false) => Check::Quick,
+                },
                 force: args.force,
                 form,
             };
@@ -99,7 +104,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
             let form = Tier::Uncompressed;
-            let options = rehydrate::Options { memory: quarter(), validate: true, force: false, form };
+            let options = rehydrate::Options { memory: quarter(), check: Check::Sha256, force: false, form };
             let mut data = args.data;
             data.from = data.from.or(args.image);
             let store = match image(&data)? {

@@ -62,6 +62,7 @@ fn dehydrated(dir: &Path) -> Index {
             file: file.into(),
             published: NamedFile { name: format!("{name}.xz"), blob: blob_of(b"published") },
             output: NamedFile { name: name.clone(), blob: blob_of(b"output") },
+            blake3: None,
             tier: Tier::Uncompressed,
             published_map: None,
             encoders: Default::default(),
