@@ -59,6 +59,7 @@ impl Release {
                 file: file.into(),
                 published: NamedFile { name: format!("{name}.xz"), blob: blob_of(b"published") },
                 output: NamedFile { name, blob: blob_of(output) },
+                blake3: None,
                 tier: Tier::Uncompressed,
                 published_map: None,
                 encoders: Default::default(),
