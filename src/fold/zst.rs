@@ -36,6 +36,9 @@ pub(super) struct Params {
 const WINDOWS: [u8; 23] =
     [0, 19, 20, 21, 21, 21, 21, 21, 21, 22, 22, 22, 22, 22, 22, 22, 22, 23, 23, 23, 25, 26, 27];
 
+/// The highest level that is tried with `--long`: those above have a large window without it.
+const MAX_LONG_LEVEL: u8 = 19;
+
 /// The largest window, as a power of two: that of level 22, and of `--long`.
 const MAX_WINDOW: u8 = 27;
 
@@ -51,8 +54,10 @@ impl Params {
         let long = window.unwrap_or(MAX_WINDOW);
         let with = |long, threads| {
             let level = move |level| Self { level, threads, long, checksum, sized };
-            let usual =
-                move |level: &u8| long > 0 || window.is_none_or(|w| WINDOWS[usize::from(*level)] == w);
+            let usual = move |level: &u8| match long {
+                0 => window.is_none_or(|w| WINDOWS[usize::from(*level)] == w),
+                _ => *level <= MAX_LONG_LEVEL,
+            };
             [3, 19].into_iter().chain((1..=22).filter(|n| ![3, 19].contains(n))).filter(usual).map(level)
         };
         let all = with(0, true).chain(with(0, false)).chain(with(long, true)).chain(with(long, false));

@@ -586,6 +586,7 @@ mod tests {
                 file: "disk".into(),
                 published: NamedFile { name: format!("{i}.xz"), blob: blob(0, 1) },
                 output: NamedFile { name: format!("{i}"), blob: blob(0, 1) },
+                blake3: None,
                 tier: Tier::Published,
                 published_map: None,
                 encoders: Default::default(),
