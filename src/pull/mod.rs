@@ -33,6 +33,7 @@ use self::fetch::Fetcher;
 pub use self::tree::Owners;
 use self::unpack::Unpacker;
 use crate::digest::{Digest, Hasher};
+use crate::oci::sign::Policy;
 use crate::progress::Progress;
 use crate::registry::Platform;
 use crate::transport::{self, Image, Transport};
@@ -83,11 +84,18 @@ struct RootFs {
     diff_ids: Vec<Digest>,
 }
 
-/// Unpacks the image at `transport` into `dir`.
-pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: &Progress) -> Result<Pulled> {
+/// Unpacks the image at `transport` into `dir`, if `policy` has nothing against it.
+pub fn pull(
+    transport: &dyn Transport,
+    dir: &Path,
+    options: &Options,
+    policy: &Policy,
+    progress: &Progress,
+) -> Result<Pulled> {
     // Before anything is fetched.
     check_dir(dir, options.force)?;
     let image = transport::image(transport, &options.platform)?;
+    policy.check("signature", transport, image.root.digest)?;
     let config = transport::document(transport, image.manifest.config()).context("configuration")?;
     // Of one from an index, the index says what it is for.
     if image.digest == image.root.digest
