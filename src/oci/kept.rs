@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::digest::{Digest, Hasher};
@@ -44,6 +43,10 @@ struct State {
     /// The pieces by when they were used.
     used: BTreeMap<u64, Key>,
     clock: u64,
+    /// Places that nothing is at, of as many as were made.
+    free: Vec<u64>,
+    made: u64,
+    /// How many files were fetched.
     files: u64,
 }
 
@@ -60,31 +63,36 @@ impl State {
 
     fn file(&mut self) -> io::Result<&File> {
         if self.file.is_none() {
-            self.file = Some(scratch(&std::env::temp_dir())?);
+            self.file = Some(scratch_file(&std::env::temp_dir()).map_err(told)?);
         }
         self.file.as_ref().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn put(&mut self, key: Key, bytes: &[u8], limit: u64) -> io::Result<()> {
-        let mut place = self.places.len() as u64;
-        if let Some((there, _)) = self.places.get(&key) {
-            place = *there;
-        } else if place >= limit
-            && let Some((_, oldest)) = self.used.pop_first()
-            && let Some((free, _)) = self.places.remove(&oldest)
-        {
-            place = free;
+        if self.places.contains_key(&key) {
+            // Two wanted it at the same time.
+            return Ok(());
         }
-        self.file()?.write_all_at(bytes, place * PIECE)?;
-        self.places.entry(key).or_insert((place, 0));
+        if self.free.is_empty() && self.made >= limit {
+            let oldest = self.used.pop_first().and_then(|(_, oldest)| self.places.remove(&oldest));
+            self.free.extend(oldest.map(|(place, _)| place));
+        }
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.made += 1;
+            self.made - 1
+        });
+        if let Err(e) = self.file()?.write_all_at(bytes, place * PIECE) {
+            self.free.push(place);
+            return Err(told(e));
+        }
+        self.places.insert(key, (place, 0));
         self.touch(key);
         Ok(())
     }
 }
 
-fn scratch(dir: &Path) -> io::Result<File> {
-    let told = |e: io::Error| io::Error::new(e.kind(), format!("temporary file in {}: {e}", dir.display()));
-    scratch_file(dir).map_err(told)
+fn told(e: io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("temporary file in {}: {e}", std::env::temp_dir().display()))
 }
 
 impl Kept {
@@ -94,7 +102,7 @@ impl Kept {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Each change is made whole before anything can fail but the file, whose bytes are compared when needed.
+        // Nothing in there can be half done.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

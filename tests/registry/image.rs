@@ -156,6 +156,20 @@ fn straight_into_a_registry_and_out_of_it() {
         ));
         run(&refs(&[&[PROGRAM.to_string()][..], &args(&["verify", "--rehydrate"])].concat()));
     }
+    let tree = release.text("tree");
+    run(&[&[PROGRAM, "pull", "--cache=no"][..], &refs(&flags), &[&there, &tree]].concat());
+    assert!(Path::new(&tree).join("srv/dehydrated/stream.json").is_file());
+
+    // As podman has it, and runs it.
+    let runs = tagged(&there, "runs");
+    let digest = release.build(&runs, &[&refs(&flags)[..], &["--binary", PROGRAM]].concat());
+    let podman = Podman::new(&release.path("home"));
+    podman.run(&[&["pull", "--quiet"][..], &refs(&flags), &[&runs]].concat());
+    let name = runs.strip_prefix("docker://").unwrap();
+    let found = podman.run(&["image", "inspect", "--format", "{{.Digest}}", name]);
+    assert_eq!(String::from_utf8(found).unwrap().trim(), digest);
+    let confined = ["run", "--rm", "--read-only", "--network=none", name, "rehydrate", "-"];
+    assert!(podman.run(&[&confined[..], &["--disk=openstack"]].concat()) == release.openstack);
 }
 
 #[test]
