@@ -271,7 +271,7 @@ pub struct Data {
     #[arg(long, env = "REHYDRATOR_DATA", default_value = "/srv/dehydrated", value_name = "DIR")]
     pub data: PathBuf,
     /// The image that the dehydrated directory is in, of which only what is needed is fetched: docker://REF,
-    /// oci:DIR[:TAG], oci-archive:FILE[:TAG], dir:DIR, or with the help of skopeo containers-storage:NAME
+    /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
     #[arg(long, value_name = "IMAGE")]
     pub from: Option<Origin>,
     /// How much to keep of what is fetched from a registry, in a file without a name in $TMPDIR; what is more is fetched
@@ -387,8 +387,7 @@ pub struct CacheArgs {
 /// Options of `pull`.
 #[derive(Clone, Debug, Args)]
 pub struct Pull {
-    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR,
-    /// containers-storage:NAME (with the help of skopeo)
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR
     #[arg(value_name = "REF")]
     pub reference: String,
     /// The directory to make: it is there when all of the image is in it, and not before

@@ -2,7 +2,6 @@
 //!
 //! ```text
 //! docker://NAME   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:NAME]   dir:DIR
-//! containers-storage:NAME   docker-daemon:NAME                                        (through skopeo)
 //! ```
 //!
 //! The names are those of skopeo and podman. A place gives manifests and blobs; what they mean, which platform is
@@ -13,7 +12,6 @@ mod docker;
 mod docker_archive;
 mod files;
 mod layout;
-mod skopeo;
 
 use std::io::Read;
 use std::path::Path;
@@ -80,11 +78,8 @@ pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
         "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
         "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
         "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
-        "containers-storage" | "docker-daemon" => {
-            skopeo::Skopeo::open(reference).map(|image| Box::new(image) as _)
-        }
         // Skopeo knows more; such a name must not be taken for that of a repository.
-        "ostree" | "sif" | "tarball" => {
+        "containers-storage" | "docker-daemon" | "ostree" | "sif" | "tarball" => {
             Err(anyhow::anyhow!("cannot be read; skopeo copy takes it to oci:DIR"))
         }
         // What is no transport may be a registry with a port, or a name with a tag.

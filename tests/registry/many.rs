@@ -83,13 +83,6 @@ fn data_and_programs_for_several_architectures() {
     let confined = ["run", "--rm", "--read-only", "--network=none", "--cap-drop=all", "--user=1000"];
     let words = [name, "rehydrate", "-", "--disk=openstack", "--arch=aarch64"];
     assert!(podman.run(&[&confined[..], &["--arch", here], &words].concat()) == release.other);
-
-    // Out of what podman has, which skopeo reads.
-    let stored = podman.stored(name);
-    let words = ["rehydrate", "-", "--disk=openstack", "--arch=x86_64", "--from", &stored];
-    assert!(release.stdout(&words) == release.openstack);
-    let e = fails(&[PROGRAM, "list", "--from", &podman.stored("none")]);
-    assert!(e.contains("skopeo: "), "{e}");
 }
 
 #[test]
