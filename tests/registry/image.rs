@@ -617,6 +617,7 @@ fn mirrored_offline() {
         // The registry has this layer already, and would not be sent it.
         let damaged = format!("oci:{}", release.text("damaged"));
         fails(&["skopeo", "--insecure-policy", "copy", "--preserve-digests", &image, &damaged]);
+        let damaged = format!("{damaged}-{number}-ours");
         let e = fails(&[PROGRAM, "mirror", "image", &image, &damaged]);
         assert!(e.contains("digest"), "{e}");
         let e = fails(&[PROGRAM, "verify", &image]);
