@@ -141,6 +141,5 @@ fn a_layer_of_a_gigabyte_needs_little_memory() {
     fs::write(&stub, stub_for(62)).unwrap();
     let stub = stub.to_str().unwrap();
     let used = peak(start(&["build", "image", "--workdir", workdir, "-o", &there, "--binary", stub]));
-    println!("{} MiB", used >> 20);
     assert!(used < 64 << 20, "{} MiB", used >> 20);
 }
