@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
+use crate::oci::image::Program;
 use crate::oci::read::Origin;
 use crate::progress::Mode;
 use crate::recipe::Tier;
@@ -188,9 +189,9 @@ pub struct ImageArgs {
     #[arg(short, long, value_name = "DEST")]
     pub output: String,
     /// The program of the image, statically linked; repeated, one for each architecture of an image for several, which
-    /// share the data [default: this program]
-    #[arg(long, value_name = "FILE")]
-    pub binary: Vec<PathBuf>,
+    /// share the data. With ARCH it is an error if it is for another [default: this program]
+    #[arg(long, value_name = "[ARCH=]FILE")]
+    pub binary: Vec<Program>,
     /// The largest layer, such as 1G; a longer blob is in several
     #[arg(long, value_parser = parse_size, default_value = "4G", value_name = "SIZE")]
     pub max_layer: u64,
@@ -273,21 +274,34 @@ pub struct Data {
     /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
     #[arg(long, value_name = "IMAGE")]
     pub from: Option<Origin>,
+    /// How much to keep of what is fetched from a registry, in a file without a name in $TMPDIR; what is more is fetched
+    /// again when it is needed again
+    #[arg(long, value_parser = parse_size, default_value = "2G", value_name = "SIZE")]
+    pub from_cache: u64,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// What an image must be signed with.
+#[derive(Clone, Debug, Args)]
+pub struct Signed {
     /// The image must be signed with one of these OpenPGP keys: a file or a directory of files; may be repeated
     #[arg(long, value_name = "FILE")]
     pub key: Vec<PathBuf>,
     /// The image must be signed with this key as cosign does: a public key in PEM
     #[arg(long, value_name = "FILE")]
     pub cosign_key: Option<PathBuf>,
-    /// Where OpenPGP signatures of images are: the root of a lookaside tree, a directory or a URL
+    /// Where OpenPGP signatures of images are that have none beside them: the root of a lookaside tree, a directory or a
+    /// URL
     #[arg(long, default_value = "sigstore", value_name = "DIR")]
     pub lookaside: String,
-    /// The name that signatures must give the image [default: the one after docker://]
+    /// The name that signatures must give the image [default: that in the registry]
     #[arg(long, value_name = "REF")]
     pub identity: Option<Reference>,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
 }
 
 /// Options of `rehydrate`.
@@ -405,6 +419,9 @@ pub struct Pull {
     pub max_size: Option<u64>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
 }
 
@@ -446,6 +463,9 @@ pub struct MirrorImage {
     pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
 }
 
@@ -457,6 +477,9 @@ pub struct MirrorImages {
     /// Only say what would be copied
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,

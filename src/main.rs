@@ -1,7 +1,6 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -16,6 +15,7 @@ use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::io::read_limited;
 use rehydrator::oci::cosign::{PrivateKey, PublicKey};
+use rehydrator::oci::image::Program;
 use rehydrator::oci::read::Image;
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
@@ -162,24 +162,30 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
     }
 }
 
-/// The image that `data` names, if any, once its signatures are checked.
-fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
+/// What `signed` demands of an image.
+fn policy(signed: &cli::Signed) -> Result<Policy> {
     let mut policy = Policy {
-        cosign: data.cosign_key.as_deref().map(PublicKey::read).transpose()?,
-        lookaside: data.lookaside.clone(),
-        identity: data.identity.clone(),
+        cosign: signed.cosign_key.as_deref().map(PublicKey::read).transpose()?,
+        lookaside: signed.lookaside.clone(),
+        identity: signed.identity.clone(),
         ..Policy::default()
     };
-    for path in &data.key {
+    for path in &signed.key {
         policy.keys.read(path)?;
     }
+    Ok(policy)
+}
+
+/// The image that `data` names, if any, once its signatures are checked.
+fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
+    let policy = policy(&data.signed)?;
     let Some(from) = &data.from else {
         // Otherwise nothing would be checked where a check was asked for.
         ensure!(policy.is_empty(), "--key and --cosign-key are about an image: --from names it");
         return Ok(None);
     };
-    let image = Image::open(from, data.registry.options())?;
-    policy.check(&image)?;
+    let image = Image::open(from, data.registry.options(), data.from_cache)?;
+    image.check(&policy)?;
     Ok(Some(Arc::new(image)))
 }
 
@@ -251,8 +257,8 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
         let own = std::env::current_exe().context("this program's own file")?;
         let programs = match &args.binary[..] {
-            [] => vec![own.as_path()],
-            given => given.iter().map(PathBuf::as_path).collect(),
+            [] => vec![Program { arch: None, path: own }],
+            given => given.to_vec(),
         };
         let build = oci::image::Build {
             dehydrated: &workdir.dehydrated(),
@@ -312,13 +318,13 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
                 referrers: args.referrers,
                 dry_run: args.dry_run,
             };
-            let copier = Copier::new(args.registry.options(), progress);
+            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
             let copied = copier.copy(&args.source, &args.destination, &options)?;
             Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
         }
         Mirror::Images(args) => {
             let config = copy::config::Config::read(&args.config)?;
-            let copier = Copier::new(args.registry.options(), progress);
+            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
             copy::images(&config, &copier, args.dry_run, |image, copied| {
                 // Whoever stopped reading it, still wants the images.
                 let line = copied_line(&image.source, &image.destination, copied);
@@ -376,7 +382,7 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
     let transport = transport::open(&args.reference, args.registry.options())?;
-    let pulled = pull::pull(&*transport, &args.dir, &options, progress)
+    let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.signed)?, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);
     Ok(writeln!(out, "{}", pulled.digest.oci())?)
