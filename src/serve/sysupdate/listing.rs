@@ -154,7 +154,8 @@ fn read_tag(
         // A list without what is there would be a wrong one.
         Err(e) if is_passing(&e) => Err(e),
         Err(e) => {
-            tracing::warn!("{}:{tag}: left out: {e:#}", repository.name());
+            // It may be none that a tag can be.
+            tracing::warn!("{}:{}: left out: {e:#}", repository.name(), tag.escape_default());
             Ok(None)
         }
     }

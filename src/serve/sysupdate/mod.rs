@@ -152,6 +152,7 @@ async fn answer(State(offer): State<Arc<Offer>>, Path(path): Path<String>, reque
     let (request, _) = request.into_parts();
     let client = client_of(&request);
     let half = match file {
+        SUMS if offer.signer.is_none() => Half::Alone,
         SUMS => Half::Sums,
         SIGNATURE if offer.signer.is_none() => return refused(Refusal::Unknown),
         SIGNATURE => Half::Signature,
@@ -161,14 +162,12 @@ async fn answer(State(offer): State<Arc<Offer>>, Path(path): Path<String>, reque
         Ok(listing) => listing,
         Err(refusal) => return refused(refusal),
     };
-    // Without signatures there are no pairs, only the listing that files are of.
-    let half = if offer.signer.is_none() { Half::Sums } else { half };
     let listing = match request.method.as_str() {
         "HEAD" => listing,
         _ => repository.pairs.choose(&client, listing, half).await,
     };
     let (kind, bytes) = match half {
-        Half::Sums => ("text/plain; charset=utf-8", Some(listing.sums.clone())),
+        Half::Sums | Half::Alone => ("text/plain; charset=utf-8", Some(listing.sums.clone())),
         Half::Signature => ("application/pgp-signature", listing.signature.clone()),
     };
     // What a cache gives out of one pair need not fit what it gives out of the other.

@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Time after which the other half of a pair is not expected any more.
-const OPEN: Duration = Duration::from_secs(5);
+const OPEN: Duration = Duration::from_secs(30);
 
 /// The longest that a request waits for pairs to become whole.
-const WAIT: Duration = Duration::from_secs(2);
+const WAIT: Duration = Duration::from_secs(10);
 
 /// How long after its last pair a client gets the files of the listing it has.
 const FILES: Duration = Duration::from_secs(15 * 60);
@@ -27,11 +27,12 @@ const FILES: Duration = Duration::from_secs(15 * 60);
 /// The most clients of a repository that are remembered.
 const MAX_CLIENTS: usize = 10_000;
 
-/// One of the two.
+/// One of the two, or the first where there is no second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Half {
     Sums,
     Signature,
+    Alone,
 }
 
 /// What the clients of a repository have got. `L` is a listing.
@@ -39,6 +40,7 @@ pub(super) struct Pairs<L> {
     clients: Mutex<HashMap<String, Pair<L>>>,
     /// A pair has become whole.
     whole: Notify,
+    wait: Duration,
 }
 
 struct Pair<L> {
@@ -50,15 +52,19 @@ struct Pair<L> {
 
 impl<L> Default for Pairs<L> {
     fn default() -> Self {
-        Self { clients: Mutex::default(), whole: Notify::new() }
+        Self { clients: Mutex::default(), whole: Notify::new(), wait: WAIT }
     }
 }
 
 impl<L> Pairs<L> {
     /// The listing that `client` gets this half of, `current` if possible.
     pub(super) async fn choose(&self, client: &str, current: Arc<L>, half: Half) -> Arc<L> {
-        let step = if half == Half::Sums { 1 } else { -1 };
-        let deadline = Instant::now() + WAIT;
+        let step = match half {
+            Half::Sums => 1,
+            Half::Signature => -1,
+            Half::Alone => 0,
+        };
+        let deadline = Instant::now() + self.wait;
         loop {
             let waiting = {
                 let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,7 +150,7 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_for_who_takes_no_signatures() {
-        let pairs = Pairs::default();
+        let pairs = Pairs { wait: Duration::ZERO, ..Pairs::default() };
         let (old, new) = (Arc::new(1), Arc::new(2));
         pairs.choose("a", old, Sums).await;
         assert_eq!(*pairs.choose("a", new, Sums).await, 2);
