@@ -85,7 +85,7 @@ pub(super) fn of_image(document: &[u8], arch: Option<&'static str>) -> Result<Ve
         Ok(Part {
             arch,
             title: title(layer).filter(|_| several),
-            extension: extension(title(layer).as_deref(), &layer.media_type().to_string()),
+            extension: extension(title(layer).as_deref(), layer.media_type().as_ref()),
             digest: digest
                 .strip_prefix("sha256:")
                 .with_context(|| format!("{digest}: not sha256"))?
@@ -103,15 +103,22 @@ fn title(layer: &Descriptor) -> Option<String> {
     (!title.is_empty()).then_some(title)
 }
 
-/// The images in an index: of every architecture the one that most machines can run, and those for no platform in
-/// particular. Those that are left out are named, with the reason.
-pub(super) fn of_index(document: &[u8]) -> Result<(Vec<(Descriptor, Option<&'static str>)>, Vec<String>)> {
+/// The images in an index.
+pub(super) struct Images {
+    /// Those that are offered, with the architecture as systemd names it.
+    pub(super) offered: Vec<(Descriptor, Option<&'static str>)>,
+    /// Why others are not.
+    pub(super) left: Vec<String>,
+}
+
+/// Finds of every architecture the image that most machines can run, and those for no platform in particular.
+pub(super) fn of_index(document: &[u8]) -> Result<Images> {
     let index: ImageIndex = serde_json::from_slice(document).context("not an index of images")?;
-    let (mut images, mut left) = (Vec::new(), Vec::new());
+    let (mut offered, mut left) = (Vec::new(), Vec::new());
     let mut seen = Vec::new();
     for image in index.manifests() {
         let Some(platform) = image.platform() else {
-            images.push((image.clone(), None));
+            offered.push((image.clone(), None));
             continue;
         };
         let (os, arch) = (platform.os().to_string(), platform.architecture().to_string());
@@ -122,11 +129,11 @@ pub(super) fn of_index(document: &[u8]) -> Result<(Vec<(Descriptor, Option<&'sta
         seen.push((os.clone(), arch.clone()));
         let picked = Platform::new(Some("linux"), Some(&arch)).pick(&index);
         match (os.as_str(), architecture(&arch), picked) {
-            ("linux", Some(name), Ok(picked)) => images.push((picked.clone(), Some(name))),
+            ("linux", Some(name), Ok(picked)) => offered.push((picked.clone(), Some(name))),
             _ => left.push(format!("no name for an image for {os}/{arch}")),
         }
     }
-    Ok((images, left))
+    Ok(Images { offered, left })
 }
 
 /// What systemd calls an architecture, `%a` in a transfer file.
@@ -278,8 +285,8 @@ mod tests {
             image("unknown", "unknown", "", 4), image("windows", "amd64", "", 5), image("", "", "", 6),
             image("linux", "vax", "", 7)
         ] });
-        let (images, left) = of_index(index.to_string().as_bytes()).unwrap();
-        let found: Vec<_> = images.iter().map(|(image, arch)| (image.size(), *arch)).collect();
+        let Images { offered, left } = of_index(index.to_string().as_bytes()).unwrap();
+        let found: Vec<_> = offered.iter().map(|(image, arch)| (image.size(), *arch)).collect();
         assert_eq!(found, [(2, Some("x86-64")), (3, Some("arm64")), (6, None)]);
         assert_eq!(left, ["no name for an image for windows/amd64", "no name for an image for linux/vax"]);
     }

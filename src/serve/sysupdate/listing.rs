@@ -186,10 +186,10 @@ fn read_manifest(
     if !is_index(&manifest.media_type) {
         return Ok(image(&manifest.bytes, None));
     }
-    let (images, left) = files::of_index(&manifest.bytes)?;
+    let files::Images { offered, left } = files::of_index(&manifest.bytes)?;
     left.iter().for_each(|why| leave(why));
     let mut parts = Vec::new();
-    for (descriptor, arch) in images {
+    for (descriptor, arch) in offered {
         let digest = descriptor.digest().to_string().parse().context("in the index")?;
         match client.manifest(&repository.with_digest(digest)) {
             Ok(manifest) => parts.extend(image(&manifest.bytes, arch)),
