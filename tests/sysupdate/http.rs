@@ -99,7 +99,13 @@ fn listing_and_signature_fit_while_tags_are_pushed() {
 
     let done = AtomicBool::new(false);
     let fetch = |first: &str, second: &str| {
-        let get = |name: &str| serve.get(&format!("os/{name}"), &[]).1;
+        // docker-registry answers 500 while a tag is being written, now and then for as long as it is asked again.
+        let get = |name: &str| loop {
+            match serve.get(&format!("os/{name}"), &[]) {
+                (200, bytes) => return bytes,
+                (status, _) => assert_eq!(status, 502, "{name}"),
+            }
+        };
         (get(first), get(second))
     };
     std::thread::scope(|scope| {
