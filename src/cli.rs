@@ -13,6 +13,7 @@ use crate::progress::Mode;
 use crate::recipe::Tier;
 use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
+use crate::serve::sysupdate::{Base, MAX_TTL};
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
@@ -505,6 +506,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     seconds.map(Duration::from_secs).ok_or_else(|| format!("not a time: {text:?}"))
 }
 
+/// Parses a time of a day at most.
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    let ttl = parse_duration(text)?;
+    if ttl > MAX_TTL { Err("more than a day".into()) } else { Ok(ttl) }
+}
+
 /// Parses `USER:PASSWORD`.
 fn parse_credentials(text: &str) -> Result<Credentials, String> {
     // The text is not shown: it may be a password.
@@ -573,4 +580,31 @@ pub struct Serve {
     /// Address and port to listen on
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
     pub listen: std::net::SocketAddr,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub sysupdate: SysupdateArgs,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// How disk images of a registry are offered to systemd-sysupdate.
+#[derive(Clone, Debug, Args)]
+pub struct SysupdateArgs {
+    /// Offer the disk images in this registry to systemd-sysupdate: /REPOSITORY/SHA256SUMS and the files in it. A path
+    /// behind the host stands before all names of repositories; http:// allows a registry without TLS
+    #[arg(long = "registry", value_name = "URL")]
+    pub registry_url: Option<Base>,
+    /// Sign SHA256SUMS with this OpenPGP secret key, for Verify=yes
+    #[arg(long, value_name = "FILE", requires = "registry_url")]
+    pub sign_key: Option<PathBuf>,
+    /// A file with the passphrase of the key in its first line [default: $REHYDRATOR_SIGN_PASSPHRASE]
+    #[arg(long, value_name = "FILE", requires = "sign_key")]
+    pub sign_passphrase_file: Option<PathBuf>,
+    /// Send clients to the registry for the files themselves; it must let them read without credentials
+    #[arg(long, requires = "registry_url")]
+    pub redirect: bool,
+    /// How long the tags of a repository are taken to be what they were, such as 30s; a day at most
+    #[arg(long, value_name = "TIME", value_parser = parse_ttl, default_value = "30s")]
+    pub ttl: Duration,
 }

@@ -1,6 +1,7 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -149,7 +150,8 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         }
         Command::Serve(args) => {
             drop(out);
-            serve::run(&serve::Options { listen: args.listen })
+            let sysupdate = sysupdate(&args)?;
+            serve::run(serve::Options { listen: args.listen, sysupdate })
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
@@ -197,16 +199,33 @@ fn open(data: &cli::Data) -> Result<Arc<Store>> {
     }))
 }
 
+/// The passphrase of keys: the first line of `file`, or else what the environment says.
+fn passphrase(file: Option<&Path>) -> Result<Option<String>> {
+    let Some(path) = file else { return Ok(std::env::var("REHYDRATOR_SIGN_PASSPHRASE").ok()) };
+    let bytes = read_limited(path, 64 << 10).with_context(|| path.display().to_string())?;
+    let text = String::from_utf8(bytes).with_context(|| path.display().to_string())?;
+    Ok(Some(text.lines().next().unwrap_or_default().to_owned()))
+}
+
+/// What `args` want to be offered to systemd-sysupdate.
+fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
+    let cli::SysupdateArgs { registry_url, sign_key, sign_passphrase_file, redirect, ttl } = &args.sysupdate;
+    let Some(registry) = registry_url else { return Ok(None) };
+    let passphrase = passphrase(sign_passphrase_file.as_deref())?;
+    let signer = sign_key.as_deref().map(|path| Signer::read(path, passphrase.as_deref())).transpose()?;
+    let options = serve::sysupdate::Options {
+        registry: registry.clone(),
+        client: args.registry.options(),
+        signer,
+        redirect: *redirect,
+        ttl: *ttl,
+    };
+    serve::sysupdate::router(options).map(Some)
+}
+
 /// What `args` want the image to be signed with.
 fn signing(args: &cli::ImageArgs, workdir: &Workdir) -> Result<Signing> {
-    let passphrase = match &args.sign_passphrase_file {
-        Some(path) => {
-            let bytes = read_limited(path, 64 << 10).with_context(|| path.display().to_string())?;
-            let text = String::from_utf8(bytes).with_context(|| path.display().to_string())?;
-            Some(text.lines().next().unwrap_or_default().to_owned())
-        }
-        None => std::env::var("REHYDRATOR_SIGN_PASSPHRASE").ok(),
-    };
+    let passphrase = passphrase(args.sign_passphrase_file.as_deref())?;
     let passphrase = passphrase.as_deref();
     Ok(Signing {
         openpgp: args.sign_key.as_deref().map(|path| Signer::read(path, passphrase)).transpose()?,
@@ -402,7 +421,7 @@ fn cache_of(args: &cli::CacheArgs) -> Result<Option<Cache>> {
 
 /// Looks into an artifact of a dehydrated directory, or into any file.
 fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
-    let path = std::path::Path::new(&args.what);
+    let path = Path::new(&args.what);
     let source: Arc<dyn Source> = if path.is_file() {
         Arc::new(source::File::new(std::fs::File::open(path).with_context(|| args.what.clone())?)?)
     } else {
