@@ -7,12 +7,14 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
+use crate::oci::image::Program;
 use crate::oci::read::Origin;
 use crate::progress::Mode;
 use crate::recipe::Tier;
 use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
 use crate::serve::listen::Address;
+use crate::serve::sysupdate::{Base, MAX_TTL};
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
@@ -189,9 +191,9 @@ pub struct ImageArgs {
     #[arg(short, long, value_name = "DEST")]
     pub output: String,
     /// The program of the image, statically linked; repeated, one for each architecture of an image for several, which
-    /// share the data [default: this program]
-    #[arg(long, value_name = "FILE")]
-    pub binary: Vec<PathBuf>,
+    /// share the data. With ARCH it is an error if it is for another [default: this program]
+    #[arg(long, value_name = "[ARCH=]FILE")]
+    pub binary: Vec<Program>,
     /// The largest layer, such as 1G; a longer blob is in several
     #[arg(long, value_parser = parse_size, default_value = "4G", value_name = "SIZE")]
     pub max_layer: u64,
@@ -274,12 +276,19 @@ pub struct Data {
     /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
     #[arg(long, value_name = "IMAGE")]
     pub from: Option<Origin>,
+    /// How much to keep of what is fetched from a registry, in a file without a name in $TMPDIR; what is more is fetched
+    /// again when it is needed again
+    #[arg(long, value_parser = parse_size, default_value = "2G", value_name = "SIZE")]
+    pub from_cache: u64,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
 }
 
-/// How images are to be signed, and fetched.
+/// What an image must be signed with.
 #[derive(Clone, Debug, Args)]
 pub struct Signed {
     /// The image must be signed with one of these OpenPGP keys: a file or a directory of files; may be repeated
@@ -288,15 +297,13 @@ pub struct Signed {
     /// The image must be signed with this key as cosign does: a public key in PEM
     #[arg(long, value_name = "FILE")]
     pub cosign_key: Option<PathBuf>,
-    /// Where OpenPGP signatures of images are: the root of a lookaside tree, a directory or a URL
+    /// Where OpenPGP signatures of images are that have none beside them: the root of a lookaside tree, a directory or a
+    /// URL
     #[arg(long, default_value = "sigstore", value_name = "DIR")]
     pub lookaside: String,
-    /// The name that signatures must give the image [default: the one after docker://]
+    /// The name that signatures must give the image [default: that in the registry]
     #[arg(long, value_name = "REF")]
     pub identity: Option<Reference>,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
 }
 
 /// Options of `rehydrate`.
@@ -317,6 +324,10 @@ pub struct Rehydrate {
     /// Do not check digests while writing
     #[arg(long)]
     pub skip_validate: bool,
+    /// Check the SHA-256 digests that the stream metadata has, and not only the BLAKE3 digests that were recorded when
+    /// those were proven: slower where the processor has no instructions for SHA-256
+    #[arg(long, conflicts_with = "skip_validate")]
+    pub sha256: bool,
     /// Replace files in the directory that differ
     #[arg(long)]
     pub force: bool,
@@ -410,6 +421,9 @@ pub struct Pull {
     pub max_size: Option<u64>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
 }
 
@@ -451,6 +465,9 @@ pub struct MirrorImage {
     pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
 }
 
@@ -462,6 +479,9 @@ pub struct MirrorImages {
     /// Only say what would be copied
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub signed: Signed,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
@@ -485,6 +505,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     let seconds = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
     seconds.map(Duration::from_secs).ok_or_else(|| format!("not a time: {text:?}"))
+}
+
+/// Parses a time of a day at most.
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    let ttl = parse_duration(text)?;
+    if ttl > MAX_TTL { Err("more than a day".into()) } else { Ok(ttl) }
 }
 
 /// Parses `USER:PASSWORD`.
@@ -562,6 +588,9 @@ pub struct Serve {
     /// An image to serve, as after --from of rehydrate; may be repeated
     #[arg(long, value_name = "IMAGE")]
     pub from: Vec<Origin>,
+    /// How much to keep of what is fetched of each image, as with --from-cache of rehydrate
+    #[arg(long, value_parser = parse_size, default_value = "2G", value_name = "SIZE")]
+    pub from_cache: u64,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub signed: Signed,
@@ -601,4 +630,31 @@ pub struct Serve {
     /// How long downloads may go on after SIGTERM; a second one ends them
     #[arg(long, value_parser = parse_duration, default_value = "10m", value_name = "TIME")]
     pub drain: Duration,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub sysupdate: SysupdateArgs,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub registry: RegistryArgs,
+}
+
+/// How disk images of a registry are offered to systemd-sysupdate.
+#[derive(Clone, Debug, Args)]
+pub struct SysupdateArgs {
+    /// Offer the disk images in this registry to systemd-sysupdate: /REPOSITORY/SHA256SUMS and the files in it. A path
+    /// behind the host stands before all names of repositories; http:// allows a registry without TLS
+    #[arg(long = "registry", value_name = "URL")]
+    pub registry_url: Option<Base>,
+    /// Sign SHA256SUMS with this OpenPGP secret key, for Verify=yes
+    #[arg(long, value_name = "FILE", requires = "registry_url")]
+    pub sign_key: Option<PathBuf>,
+    /// A file with the passphrase of the key in its first line [default: $REHYDRATOR_SIGN_PASSPHRASE]
+    #[arg(long, value_name = "FILE", requires = "sign_key")]
+    pub sign_passphrase_file: Option<PathBuf>,
+    /// Send clients to the registry for the files themselves; it must let them read without credentials
+    #[arg(long, requires = "registry_url")]
+    pub redirect: bool,
+    /// How long the tags of a repository are taken to be what they were, such as 30s; a day at most
+    #[arg(long, value_name = "TIME", value_parser = parse_ttl, default_value = "30s")]
+    pub ttl: Duration,
 }

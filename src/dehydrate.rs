@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::catalog::{Catalog, Item, check_file_name};
-use crate::digest::Digest;
+use crate::digest::{Blake3, Digest};
 use crate::fold::{self, Map};
 use crate::io::scratch_file;
-use crate::produce::{How, Parts, produce};
+use crate::produce::{Check, How, Parts, produce};
 use crate::progress::Progress;
 use crate::proof::Proofs;
 use crate::recipe::{
@@ -163,6 +163,7 @@ struct Made {
 /// The live rootfs.
 struct Live {
     blob: Blob,
+    blake3: Blake3,
     /// Its bytes.
     rootfs: Arc<dyn Source>,
     /// Its files, where they can be decoded.
@@ -218,7 +219,7 @@ impl Job<'_> {
 
         let mut parts_of_iso = Vec::new();
         let mut files = None;
-        if let (Some(item), Some(Live { blob, rootfs, files: decoded })) = (rootfs_item, live) {
+        if let (Some(item), Some(Live { blob, blake3, rootfs, files: decoded })) = (rootfs_item, live) {
             let spec = push(specs, SourceSpec::Stored { blob });
             parts_of_iso.push(Made { spec, plain: rootfs });
             done.insert(
@@ -229,6 +230,7 @@ impl Job<'_> {
                     spec,
                     None,
                     blob.size,
+                    blake3,
                 )?,
             );
             if let Some(plain) = decoded {
@@ -334,6 +336,10 @@ impl Job<'_> {
         let mut out = self.writer.blob()?;
         let task = self.progress.task(format!("{label}: store"), Some(file.metadata()?.len()));
         io::copy(&mut task.reader(&mut file), &mut out).with_context(context)?;
+        let mut blake3 = blake3::Hasher::new();
+        file.rewind()?;
+        blake3.update_reader(&file).with_context(context)?;
+        let blake3 = Blake3::from_hasher(&blake3);
         let blob = self.writer.keep(out)?;
         ensure_published(item, &blob)?;
         task.finish();
@@ -346,10 +352,10 @@ impl Job<'_> {
             Ok(Arc::new(source::File::new(file)?) as Arc<dyn Source>)
         });
         match view {
-            Ok(files) => Ok(Live { blob, rootfs, files: Some(files) }),
+            Ok(files) => Ok(Live { blob, blake3, rootfs, files: Some(files) }),
             Err(e) => {
                 tracing::warn!("artifact {label}: {e}; the base disk is stored instead (profile fast)");
-                Ok(Live { blob, rootfs, files: None })
+                Ok(Live { blob, blake3, rootfs, files: None })
             }
         }
     }
@@ -424,9 +430,12 @@ impl Job<'_> {
         known: &[Made],
     ) -> Result<Reduced> {
         let label = item.label();
-        let reduced = self.store(&plain.plain, plain.map.as_ref(), over)?;
-        let prove = |reduced: &Reduced| self.prove(&label, &plain.form.output.blob, reduced, specs, known);
-        let Err(error) = prove(&reduced) else { return Ok(reduced) };
+        let stored = self.store(&plain.plain, plain.map.as_ref(), over)?;
+        let prove = |(spec, map)| self.prove(&label, &plain.form.output.blob, (spec, map), specs, known);
+        let error = match prove(stored) {
+            Ok(reduced) => return Ok(reduced),
+            Err(error) => error,
+        };
         // The form itself may not be what the stream metadata says: then nothing can be right.
         store::check(
             &format!("artifact {label}"),
@@ -438,11 +447,16 @@ impl Job<'_> {
         }
         tracing::warn!("{error:#}: stored without unfolding");
         let opaque = self.store(&plain.form.bytes, None, over)?;
-        prove(&opaque).context("proof failed")?;
-        Ok(opaque)
+        prove(opaque).context("proof failed")
     }
 
-    fn store(&self, plain: &Arc<dyn Source>, map: Option<&Map>, over: Option<&Over>) -> Result<Reduced> {
+    /// Stores what makes `plain`: the source, and the map.
+    fn store(
+        &self,
+        plain: &Arc<dyn Source>,
+        map: Option<&Map>,
+        over: Option<&Over>,
+    ) -> Result<(SourceSpec, Option<Blob>)> {
         let plain_size = plain.len();
         let spec = match over {
             Some(over) => {
@@ -457,7 +471,7 @@ impl Job<'_> {
                 SourceSpec::Zstd { blob: self.writer.keep(out.finish()?)?, plain_size }
             }
         };
-        Ok(Reduced { spec, map: map.map(|map| self.store_map(map)).transpose()? })
+        Ok((spec, map.map(|map| self.store_map(map)).transpose()?))
     }
 
     fn store_map(&self, map: &Map) -> Result<Blob> {
@@ -471,10 +485,10 @@ impl Job<'_> {
         &self,
         label: &str,
         expected: &Blob,
-        reduced: &Reduced,
+        (spec, map): (SourceSpec, Option<Blob>),
         specs: &[SourceSpec],
         known: &[Made],
-    ) -> Result<()> {
+    ) -> Result<Reduced> {
         let budget = if known.is_empty() { (self.options.memory / 2).max(PROOF_CACHE) } else { PROOF_CACHE };
         let sources = Sources::new(Cache::new(budget), |blob| {
             Ok(Arc::new(source::File::new(self.writer.open(blob)?)?))
@@ -484,12 +498,14 @@ impl Job<'_> {
         }
         let task = self.progress.task(format!("{label}: prove"), Some(expected.size));
         let threads = if known.is_empty() { rayon::current_num_threads() } else { 1 };
-        let how = How { cache: sources.cache(), threads, validate: true, task: &task };
-        let map = reduced.map.map(|blob| sources.map(&blob)).transpose()?;
-        let parts = Parts { source: sources.make(specs, &reduced.spec)?, map };
-        produce(label, &parts, expected, &how, &mut io::sink())?;
+        let how = How { cache: sources.cache(), threads, check: Check::Sha256, task: &task };
+        let parts = Parts {
+            source: sources.make(specs, &spec)?,
+            map: map.map(|blob| sources.map(&blob)).transpose()?,
+        };
+        let found = produce(label, &parts, expected, None, &how, &mut io::sink())?;
         task.finish();
-        Ok(())
+        Ok(Reduced { spec, map, blake3: found.blake3.context("no BLAKE3 digest was made")? })
     }
 
     /// Puts a reduced artifact's source into the index, and describes it.
@@ -502,7 +518,7 @@ impl Job<'_> {
     ) -> Result<Artifact> {
         let stored = reduced.spec.blob().map_or(0, |b| b.size) + reduced.map.map_or(0, |b| b.size);
         let source = push(specs, reduced.spec);
-        self.artifact(item, output, source, reduced.map, stored)
+        self.artifact(item, output, source, reduced.map, stored, reduced.blake3)
     }
 
     fn artifact(
@@ -512,6 +528,7 @@ impl Job<'_> {
         source: usize,
         map: Option<Blob>,
         stored: u64,
+        blake3: Blake3,
     ) -> Result<Artifact> {
         let path = self.dir.join(&item.name);
         let size = path.metadata().with_context(|| path.display().to_string())?.len();
@@ -539,6 +556,7 @@ impl Job<'_> {
             not_published,
             published: NamedFile { name: item.name.clone(), blob: Blob { sha256: item.sha256, size } },
             output,
+            blake3: Some(blake3),
             source,
             map,
             signature: signature.transpose()?,
@@ -558,6 +576,7 @@ struct Over<'a> {
 struct Reduced {
     spec: SourceSpec,
     map: Option<Blob>,
+    blake3: Blake3,
 }
 
 fn push(specs: &mut Vec<SourceSpec>, spec: SourceSpec) -> usize {

@@ -1,4 +1,8 @@
-//! SHA-256 digests: the one hash of the stream metadata, of the store and of container images.
+//! Digests. SHA-256 is the hash of the stream metadata, of the store and of container images.
+//!
+//! BLAKE3 stands beside it for what comes out: an artifact is proven by its SHA-256 digest when it is dehydrated, and both
+//! are recorded. Whoever has the record checks the bytes with BLAKE3 as well as with SHA-256, and on a processor without
+//! instructions for SHA-256 it is ten times as fast, while everything else in making a disk is faster than SHA-256.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -82,6 +86,24 @@ impl Serialize for Digest {
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A BLAKE3 digest. Prints as 64 lower-case hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Blake3(Digest);
+
+impl Blake3 {
+    /// The digest of what `hasher` was given.
+    pub fn from_hasher(hasher: &blake3::Hasher) -> Self {
+        Self(Digest(hasher.finalize().into()))
+    }
+}
+
+impl fmt::Display for Blake3 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

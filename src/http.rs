@@ -302,7 +302,8 @@ fn reason(body: &[u8]) -> String {
 
 /// An HTTP client.
 pub struct Http {
-    runtime: Runtime,
+    runtime: Handle,
+    threads: Option<Runtime>,
     client: Client,
     retry: Retry,
     rate: Option<Rate>,
@@ -325,6 +326,15 @@ impl Rate {
             *due
         };
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+}
+
+impl Drop for Http {
+    fn drop(&mut self) {
+        // Not waited for: that is not allowed where the one who drops it is async, as a server is.
+        if let Some(threads) = self.threads.take() {
+            threads.shutdown_background();
+        }
     }
 }
 
@@ -370,8 +380,10 @@ impl Http {
         if let Some(identity) = &tls.identity {
             client = client.identity(Identity::from_pem(identity).context("client certificate")?);
         }
+        let runtime = runtime.context("cannot start the HTTP client")?;
         Ok(Self {
-            runtime: runtime.context("cannot start the HTTP client")?,
+            runtime: runtime.handle().clone(),
+            threads: Some(runtime),
             client: client.build().context("cannot start the HTTP client")?,
             retry: settings.retry,
             rate: None,
@@ -501,7 +513,7 @@ impl Http {
             }
         };
         let response = response.map_err(|e| failure(&name, &e, 0))?;
-        Ok(Answer { request: name, runtime: self.runtime.handle().clone(), response, got: 0 })
+        Ok(Answer { request: name, runtime: self.runtime.clone(), response, got: 0 })
     }
 
     /// Begins to count attempts at what `method` asks of `url`.

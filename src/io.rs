@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// Zeros are found and skipped in pieces of this many bytes: the block size of the file systems we write to.
 pub const ZERO_BLOCK: usize = 4096;
@@ -12,6 +13,30 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     // In pieces of 64 bytes, which the compiler turns into vector instructions.
     let (chunks, tail) = bytes.as_chunks::<64>();
     chunks.iter().all(|c| c.iter().fold(0, |a, b| a | b) == 0) && tail.iter().all(|&b| b == 0)
+}
+
+/// Large buffers that were used and are used again: to get the pages of a new one from the system takes as long as to fill
+/// it. Keeps a few, whatever it is given.
+#[derive(Default)]
+pub struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    /// How many are kept.
+    const KEPT: usize = 8;
+
+    /// An empty buffer, with room if there is one that was used.
+    pub fn take(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// Takes back a buffer.
+    pub fn give(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < Self::KEPT {
+            free.push(buffer);
+        }
+    }
 }
 
 /// Writes a regular file and leaves a hole wherever a whole aligned [`ZERO_BLOCK`] of zeros is written.

@@ -1,7 +1,7 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -16,9 +16,11 @@ use rehydrator::http::{Http, Retry};
 use rehydrator::inspect::inspect;
 use rehydrator::io::read_limited;
 use rehydrator::oci::cosign::{PrivateKey, PublicKey};
+use rehydrator::oci::image::Program;
 use rehydrator::oci::read::{self, Image};
 use rehydrator::oci::sign::{Policy, Signing};
 use rehydrator::openpgp::Signer;
+use rehydrator::produce::Check;
 use rehydrator::progress::Progress;
 use rehydrator::pull::cache::{self, Cache};
 use rehydrator::pull::{self, Owners};
@@ -89,7 +91,11 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             let options = rehydrate::Options {
                 memory: args.memory.unwrap_or(memory),
-                validate: !args.skip_validate,
+                check: match (args.skip_validate, args.sha256) {
+                    (true, _) => Check::Nothing,
+                    (false, true) => Check::Sha256,
+                    (false, false) => Check::Quick,
+                },
                 force: args.force,
                 form,
             };
@@ -100,10 +106,10 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
             let form = Tier::Uncompressed;
-            let options = rehydrate::Options { memory: quarter(), validate: true, force: false, form };
+            let options = rehydrate::Options { memory: quarter(), check: Check::Sha256, force: false, form };
             let mut data = args.data;
             data.from = data.from.or(args.image);
-            let store = match image(data.from.as_ref(), &data.signed)? {
+            let store = match image(&data)? {
                 Some(image) => {
                     image.verify(progress)?;
                     Arc::new(image.store()?)
@@ -158,8 +164,8 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
     }
 }
 
-/// The image at `from`, if any, once its signatures are checked.
-fn image(from: Option<&read::Origin>, signed: &cli::Signed) -> Result<Option<Arc<Image>>> {
+/// What `signed` demands of an image.
+fn policy(signed: &cli::Signed) -> Result<Policy> {
     let mut policy = Policy {
         cosign: signed.cosign_key.as_deref().map(PublicKey::read).transpose()?,
         lookaside: signed.lookaside.clone(),
@@ -169,40 +175,52 @@ fn image(from: Option<&read::Origin>, signed: &cli::Signed) -> Result<Option<Arc
     for path in &signed.key {
         policy.keys.read(path)?;
     }
-    let Some(from) = from else {
-        // Otherwise nothing would be checked where a check was asked for.
-        ensure!(policy.is_empty(), "--key and --cosign-key are about an image: --from names it");
-        return Ok(None);
-    };
-    let image = Image::open(from, signed.registry.options())?;
-    policy.check(&image)?;
-    Ok(Some(Arc::new(image)))
+    Ok(policy)
+}
+
+/// The image at `from`, once its signatures are checked.
+fn image_at(
+    from: &read::Origin,
+    policy: &Policy,
+    registry: &cli::RegistryArgs,
+    cache: u64,
+) -> Result<Arc<Image>> {
+    let image = Image::open(from, registry.options(), cache)?;
+    image.check(policy)?;
+    Ok(Arc::new(image))
+}
+
+/// The image that `data` names, if any.
+fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
+    let policy = policy(&data.signed)?;
+    ensure_about_image(data.from.is_some(), &policy)?;
+    data.from.as_ref().map(|from| image_at(from, &policy, &data.registry, data.from_cache)).transpose()
+}
+
+/// Otherwise nothing would be checked where a check was asked for.
+fn ensure_about_image(image: bool, policy: &Policy) -> Result<()> {
+    ensure!(image || policy.is_empty(), "--key and --cosign-key are about an image: --from names it");
+    Ok(())
 }
 
 /// The dehydrated directory that `data` names.
 fn open(data: &cli::Data) -> Result<Arc<Store>> {
-    open_at(&data.data, data.from.as_ref(), &data.signed)
-}
-
-/// The dehydrated directory in the image `from`, or else at `path`.
-fn open_at(path: &Path, from: Option<&read::Origin>, signed: &cli::Signed) -> Result<Arc<Store>> {
-    Ok(Arc::new(match image(from, signed)? {
+    Ok(Arc::new(match image(data)? {
         Some(image) => image.store()?,
-        None => Store::open(path)?,
+        None => Store::open(&data.data)?,
     }))
 }
 
 fn run_serve(args: cli::Serve) -> Result<()> {
+    let sysupdate = sysupdate(&args)?;
+    let policy = policy(&args.signed)?;
+    ensure_about_image(!args.from.is_empty(), &policy)?;
     let mut stores = Vec::new();
     for from in &args.from {
-        stores.push(open_at(Path::new(""), Some(from), &args.signed)?);
-    }
-    if args.from.is_empty() {
-        // Says so when keys are given that no image is there for.
-        image(None, &args.signed)?;
+        stores.push(Arc::new(image_at(from, &policy, &args.registry, args.from_cache)?.store()?));
     }
     let mut data = args.data;
-    if data.is_empty() && args.from.is_empty() {
+    if data.is_empty() && args.from.is_empty() && sysupdate.is_none() {
         data.push("/srv/dehydrated".into());
     }
     for dir in &data {
@@ -221,20 +239,38 @@ fn run_serve(args: cli::Serve) -> Result<()> {
         ignition: args.ignition,
         access_log: args.access_log,
         limits,
+        sysupdate,
     };
-    serve::run(stores, &options)
+    serve::run(stores, options)
+}
+
+/// The passphrase of keys: the first line of `file`, or else what the environment says.
+fn passphrase(file: Option<&Path>) -> Result<Option<String>> {
+    let Some(path) = file else { return Ok(std::env::var("REHYDRATOR_SIGN_PASSPHRASE").ok()) };
+    let bytes = read_limited(path, 64 << 10).with_context(|| path.display().to_string())?;
+    let text = String::from_utf8(bytes).with_context(|| path.display().to_string())?;
+    Ok(Some(text.lines().next().unwrap_or_default().to_owned()))
+}
+
+/// What `args` want to be offered to systemd-sysupdate.
+fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
+    let cli::SysupdateArgs { registry_url, sign_key, sign_passphrase_file, redirect, ttl } = &args.sysupdate;
+    let Some(registry) = registry_url else { return Ok(None) };
+    let passphrase = passphrase(sign_passphrase_file.as_deref())?;
+    let signer = sign_key.as_deref().map(|path| Signer::read(path, passphrase.as_deref())).transpose()?;
+    let options = serve::sysupdate::Options {
+        registry: registry.clone(),
+        client: args.registry.options(),
+        signer,
+        redirect: *redirect,
+        ttl: *ttl,
+    };
+    serve::sysupdate::router(options).map(Some)
 }
 
 /// What `args` want the image to be signed with.
 fn signing(args: &cli::ImageArgs, workdir: &Workdir) -> Result<Signing> {
-    let passphrase = match &args.sign_passphrase_file {
-        Some(path) => {
-            let bytes = read_limited(path, 64 << 10).with_context(|| path.display().to_string())?;
-            let text = String::from_utf8(bytes).with_context(|| path.display().to_string())?;
-            Some(text.lines().next().unwrap_or_default().to_owned())
-        }
-        None => std::env::var("REHYDRATOR_SIGN_PASSPHRASE").ok(),
-    };
+    let passphrase = passphrase(args.sign_passphrase_file.as_deref())?;
     let passphrase = passphrase.as_deref();
     Ok(Signing {
         openpgp: args.sign_key.as_deref().map(|path| Signer::read(path, passphrase)).transpose()?,
@@ -285,8 +321,8 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
         let own = std::env::current_exe().context("this program's own file")?;
         let programs = match &args.binary[..] {
-            [] => vec![own.as_path()],
-            given => given.iter().map(PathBuf::as_path).collect(),
+            [] => vec![Program { arch: None, path: own }],
+            given => given.to_vec(),
         };
         let build = oci::image::Build {
             dehydrated: &workdir.dehydrated(),
@@ -346,13 +382,13 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
                 referrers: args.referrers,
                 dry_run: args.dry_run,
             };
-            let copier = Copier::new(args.registry.options(), progress);
+            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
             let copied = copier.copy(&args.source, &args.destination, &options)?;
             Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
         }
         Mirror::Images(args) => {
             let config = copy::config::Config::read(&args.config)?;
-            let copier = Copier::new(args.registry.options(), progress);
+            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
             copy::images(&config, &copier, args.dry_run, |image, copied| {
                 // Whoever stopped reading it, still wants the images.
                 let line = copied_line(&image.source, &image.destination, copied);
@@ -410,7 +446,7 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
     let transport = transport::open(&args.reference, args.registry.options())?;
-    let pulled = pull::pull(&*transport, &args.dir, &options, progress)
+    let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.signed)?, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);
     Ok(writeln!(out, "{}", pulled.digest.oci())?)

@@ -205,6 +205,16 @@ impl Signer {
         message.finalize()?;
         Ok(signed)
     }
+
+    /// A detached signature of `content`, binary.
+    pub fn detach(&self, content: &[u8]) -> Result<Vec<u8>> {
+        let mut signature = Vec::new();
+        let message = openpgp::serialize::stream::Signer::new(Message::new(&mut signature), self.0.clone())?;
+        let mut message = message.detached().build()?;
+        message.write_all(content)?;
+        message.finalize()?;
+        Ok(signature)
+    }
 }
 
 struct Helper<'a>(&'a Keys);

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::ScopedJoinHandle;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use crate::digest::{Digest, Hasher};
+use crate::digest::{Blake3, Digest, Hasher};
 use crate::fold::{self, Folded, Map};
+use crate::io::Buffers;
 use crate::progress::Task;
 use crate::recipe::Blob;
 use crate::sink::Output;
@@ -54,41 +55,77 @@ impl Parts {
     }
 }
 
+/// What is checked of what comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing.
+    Nothing,
+    /// The quickest digest that there is a record of: BLAKE3 for an output, SHA-256 for a published file.
+    Quick,
+    /// The SHA-256 digest too.
+    Sha256,
+}
+
+/// What came out: its length, and those of its digests that were asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// In bytes.
+    pub size: u64,
+    /// The digest that the stream metadata has.
+    pub sha256: Option<Digest>,
+    /// The digest that is recorded when that one is proven.
+    pub blake3: Option<Blake3>,
+}
+
 /// How to produce.
 pub struct How<'a> {
     /// The cache that the sources share.
     pub cache: &'a Cache,
     /// Threads that decode ahead.
     pub threads: usize,
-    /// Whether to hash what comes out.
-    pub validate: bool,
+    /// What to check of what comes out.
+    pub check: Check,
     /// Counts the bytes that came out.
     pub task: &'a Task,
 }
 
-/// Writes the artifact `name` to `out` and checks that it is `expected`. On an error `out` holds bytes that are not the
-/// artifact: whoever calls makes sure that nobody takes them for it.
-pub fn produce(name: &str, parts: &Parts, expected: &Blob, how: &How, out: &mut dyn Output) -> Result<()> {
-    let found = output(parts, expected.size, how, how.validate, out);
-    if let Some(found) = found.with_context(|| format!("artifact {name}"))? {
-        store::matches(&format!("artifact {name}"), &found, expected)?;
+/// Writes the artifact `name` to `out` and checks that it is `expected`, and what `recorded` says where there is a record.
+/// On an error `out` holds bytes that are not the artifact: whoever calls makes sure that nobody takes them for it.
+pub fn produce(
+    name: &str,
+    parts: &Parts,
+    expected: &Blob,
+    recorded: Option<Blake3>,
+    how: &How,
+    out: &mut dyn Output,
+) -> Result<Found> {
+    let what = format!("artifact {name}");
+    let hashes = match how.check {
+        Check::Nothing => Hashes::default(),
+        Check::Quick => Hashes { sha256: recorded.is_none(), blake3: recorded.is_some() },
+        Check::Sha256 => Hashes { sha256: true, blake3: true },
+    };
+    let found = output(parts, expected.size, how, hashes, out).with_context(|| what.clone())?;
+    matches(&what, &found, expected)?;
+    if let (Some(found), Some(recorded)) = (found.blake3, recorded) {
+        ensure!(found == recorded, "{what}: blake3 mismatch: expected {recorded}, got {found}");
     }
-    Ok(())
+    Ok(found)
 }
 
-/// Makes the output of `parts`, of `size` bytes, and gives what came out if it is to be validated.
-fn output(
-    parts: &Parts,
-    size: u64,
-    how: &How,
-    validate: bool,
-    out: &mut dyn Output,
-) -> io::Result<Option<Blob>> {
+/// Checks the length of what came out, and its SHA-256 digest where it is known.
+fn matches(what: &str, found: &Found, expected: &Blob) -> Result<()> {
+    let sha256 = found.sha256.unwrap_or(expected.sha256);
+    store::matches(what, &Blob { sha256, size: found.size }, expected)
+}
+
+/// Makes the output of `parts`, of `size` bytes.
+fn output(parts: &Parts, size: u64, how: &How, hashes: Hashes, out: &mut dyn Output) -> io::Result<Found> {
     let mut uses = Vec::new();
     parts.source.trace(0, parts.source.len(), 0, &mut uses);
     how.cache.with_plan(uses, how.threads, || {
-        std::thread::scope(|scope| -> io::Result<Option<Blob>> {
-            let mut tee = Tee::new(scope, Some(how.task), validate, size, out);
+        std::thread::scope(|scope| -> io::Result<Found> {
+            let mut tee = Tee::new(scope, Some(how.task), hashes, size, out);
             let mut plain = Plain { source: &*parts.source, cache: how.cache, pos: 0 };
             match &parts.map {
                 Some(map) => fold::fold(map, &mut plain, &mut tee, 0)?,
@@ -111,8 +148,9 @@ pub fn produce_published(
 ) -> Result<()> {
     let (to, chunks) = sync_channel(BEHIND);
     let found = std::thread::scope(|scope| {
-        let inner = scope.spawn(move || output(parts, size, how, false, &mut PipeWriter(to)));
-        let mut tee = Tee::new(scope, None, how.validate, published.expected.size, out);
+        let inner = scope.spawn(move || output(parts, size, how, Hashes::default(), &mut PipeWriter(to)));
+        let hashes = Hashes { sha256: how.check != Check::Nothing, blake3: false };
+        let mut tee = Tee::new(scope, None, hashes, published.expected.size, out);
         let mut pipe = PipeReader { chunks, held: Vec::new(), used: 0 };
         let made =
             fold::fold(&published.map, &mut pipe, &mut tee, published.memory).and_then(|()| tee.finish());
@@ -127,10 +165,8 @@ pub fn produce_published(
             (_, made) => made,
         }
     });
-    if let Some(found) = found.with_context(|| format!("artifact {name}"))? {
-        store::matches(&format!("artifact {name}"), &found, &published.expected)?;
-    }
-    Ok(())
+    let what = format!("artifact {name}");
+    matches(&what, &found.with_context(|| what.clone())?, &published.expected)
 }
 
 /// The writing end of a pipe between threads.
@@ -208,15 +244,45 @@ enum Piece {
     Zeros(u64),
 }
 
+/// Which digests are made.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Hashes {
+    sha256: bool,
+    blake3: bool,
+}
+
+impl Hashes {
+    /// Hashes `pieces`.
+    fn of(self, pieces: &Receiver<Piece>, buffers: &Buffers) -> (Option<Digest>, Option<Blake3>) {
+        let mut sha256 = self.sha256.then(|| Hasher::new(io::sink()));
+        let mut blake3 = self.blake3.then(blake3::Hasher::new);
+        for piece in pieces {
+            let hash = |hasher: &mut dyn Output| match &piece {
+                Piece::Bytes(bytes) => hasher.write_all(bytes),
+                Piece::Zeros(n) => hasher.zeros(*n),
+            };
+            // Writing to a hash cannot fail.
+            let _ = sha256.as_mut().map(|hasher| hash(hasher));
+            let _ = blake3.as_mut().map(|hasher| hash(hasher));
+            if let Piece::Bytes(bytes) = piece {
+                buffers.give(bytes);
+            }
+        }
+        (sha256.map(|hasher| hasher.finish().0), blake3.as_ref().map(Blake3::from_hasher))
+    }
+}
+
 /// The thread that hashes: where pieces go, and what comes out.
-type Hashing<'scope> = (SyncSender<Piece>, ScopedJoinHandle<'scope, (Digest, u64)>);
+type Hashing<'scope> = (SyncSender<Piece>, ScopedJoinHandle<'scope, (Option<Digest>, Option<Blake3>)>);
 
 /// Writes to an output, and hashes on another thread.
 struct Tee<'scope, 'a> {
     out: &'a mut dyn Output,
     task: Option<&'a Task>,
     pending: Vec<u8>,
-    /// Bytes that may still come: a damaged or hostile recipe does not fill a disk.
+    buffers: Arc<Buffers>,
+    /// Bytes that may come, and those of them that may still: a damaged or hostile recipe does not fill a disk.
+    size: u64,
     left: u64,
     hash: Option<Hashing<'scope>>,
 }
@@ -225,26 +291,17 @@ impl<'scope, 'a> Tee<'scope, 'a> {
     fn new(
         scope: &'scope std::thread::Scope<'scope, '_>,
         task: Option<&'a Task>,
-        validate: bool,
+        hashes: Hashes,
         size: u64,
         out: &'a mut dyn Output,
     ) -> Self {
-        let hash = validate.then(|| {
+        let buffers = Arc::new(Buffers::default());
+        let hash = (hashes != Hashes::default()).then(|| {
             let (to, pieces) = sync_channel(BEHIND);
-            let thread = scope.spawn(move || {
-                let mut hasher = Hasher::new(io::sink());
-                for piece in pieces {
-                    // Writing to a hash cannot fail.
-                    let _ = match piece {
-                        Piece::Bytes(bytes) => hasher.write_all(&bytes),
-                        Piece::Zeros(n) => hasher.zeros(n),
-                    };
-                }
-                hasher.finish()
-            });
-            (to, thread)
+            let buffers = buffers.clone();
+            (to, scope.spawn(move || hashes.of(&pieces, &buffers)))
         });
-        Self { out, task, pending: Vec::with_capacity(CHUNK), left: size, hash }
+        Self { out, task, pending: Vec::with_capacity(CHUNK), buffers, size, left: size, hash }
     }
 
     fn count(&mut self, n: u64) -> io::Result<()> {
@@ -272,8 +329,15 @@ impl<'scope, 'a> Tee<'scope, 'a> {
             self.count(self.pending.len() as u64)?;
             self.out.write_all(&self.pending)?;
             self.advance(self.pending.len() as u64);
-            let full = std::mem::replace(&mut self.pending, Vec::with_capacity(CHUNK));
-            self.send(Piece::Bytes(full))?;
+            match &self.hash {
+                Some(_) => {
+                    let mut next = self.buffers.take();
+                    next.reserve_exact(CHUNK);
+                    let full = std::mem::replace(&mut self.pending, next);
+                    self.send(Piece::Bytes(full))?;
+                }
+                None => self.pending.clear(),
+            }
         }
         Ok(())
     }
@@ -286,13 +350,17 @@ impl<'scope, 'a> Tee<'scope, 'a> {
         self.send(Piece::Zeros(len))
     }
 
-    fn finish(mut self) -> io::Result<Option<Blob>> {
+    fn finish(mut self) -> io::Result<Found> {
         self.flush_pending()?;
         self.out.flush()?;
-        let Some((to, thread)) = self.hash.take() else { return Ok(None) };
-        drop(to);
-        let (sha256, size) = thread.join().map_err(|_| io::Error::other("the hashing thread panicked"))?;
-        Ok(Some(Blob { sha256, size }))
+        let (sha256, blake3) = match self.hash.take() {
+            Some((to, thread)) => {
+                drop(to);
+                thread.join().map_err(|_| io::Error::other("the hashing thread panicked"))?
+            }
+            None => (None, None),
+        };
+        Ok(Found { size: self.size - self.left, sha256, blake3 })
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{check_file_name, label};
-use crate::digest::Digest;
+use crate::digest::{Blake3, Digest};
 
 /// The format this program writes. It reads this one and all before it.
 pub const FORMAT_VERSION: u32 = 2;
@@ -101,6 +101,9 @@ pub struct Artifact {
     pub published: NamedFile,
     /// The file that comes out: what the stream metadata has a digest of, uncompressed where it names that.
     pub output: NamedFile,
+    /// The BLAKE3 digest of the output, recorded when its SHA-256 digest was proven; version 1 has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<Blake3>,
     /// Which of the two forms comes back at most.
     pub tier: Tier,
     /// The segment map that makes the published file of the output, where that is another file and can be made.

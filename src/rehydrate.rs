@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::catalog::SIGNATURE;
-use crate::produce::{How, Parts, Published, produce, produce_published};
+use crate::produce::{Check, How, Parts, Published, produce, produce_published};
 use crate::progress::Progress;
 use crate::recipe::{Artifact, Index, NamedFile, SourceSpec, Tier};
 use crate::sink::{self, NewFile, Output, Tar};
@@ -60,8 +60,8 @@ pub struct Which {
 pub struct Options {
     /// Memory that may be used, in bytes.
     pub memory: u64,
-    /// Whether to check digests.
-    pub validate: bool,
+    /// Which digests to check.
+    pub check: Check,
     /// Whether to replace files that differ.
     pub force: bool,
     /// Which form comes out.
@@ -132,18 +132,18 @@ impl Rehydrator {
         &self,
         artifact: &Artifact,
         form: Tier,
-        validate: bool,
+        check: Check,
         progress: &Progress,
         out: &mut dyn Output,
     ) -> Result<()> {
         let name = artifact.label();
         let output = &artifact.output.blob;
         let task = progress.task(&name, Some(output.size));
-        let how = How { cache: self.sources.cache(), threads: self.threads, validate, task: &task };
+        let how = How { cache: self.sources.cache(), threads: self.threads, check, task: &task };
         let mut write = || -> Result<()> {
             let parts = self.parts(artifact).with_context(|| format!("artifact {name}"))?;
             match artifact.published_map.filter(|_| form == Tier::Published) {
-                None => produce(&name, &parts, output, &how, out),
+                None => produce(&name, &parts, output, artifact.blake3, &how, out).map(drop),
                 Some(map) => {
                     let map = self.sources.map(&map).with_context(|| format!("artifact {name}"))?;
                     let expected = artifact.published.blob;
@@ -230,7 +230,7 @@ pub fn rehydrate(
         ensure_published(&artifacts)?;
     }
     let write = |artifact: &Artifact, out: &mut dyn Output| {
-        rehydrator.write(artifact, form, options.validate, progress, out)
+        rehydrator.write(artifact, form, options.check, progress, out)
     };
     // The signature goes with the file that it is of.
     let signature = |artifact: &Artifact| {

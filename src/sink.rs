@@ -39,6 +39,8 @@ impl Output for io::Stdout {}
 
 impl<W: Write> Output for Hasher<W> {}
 
+impl Output for blake3::Hasher {}
+
 /// A GNU tar stream of regular files.
 pub struct Tar<W: Write>(W);
 

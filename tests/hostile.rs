@@ -138,6 +138,7 @@ fn some_index() -> Index {
         platform: "metal".into(),
         format: "raw.xz".into(),
         file: "disk".into(),
+        blake3: None,
         tier: Tier::Uncompressed,
         published: NamedFile { name: format!("{name}.xz"), blob: blob(1) },
         output: NamedFile { name: name.into(), blob: blob(2) },

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
 
+#[path = "tools/release.rs"]
+mod release;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -12,10 +15,11 @@ use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
 use rehydrator::oci::image::{build, build_at};
-use rehydrator::recipe::{Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier};
-use rehydrator::store::index_digest;
+use rehydrator::recipe::{Artifact, Index, SourceSpec};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::release::{artifact, blob_of, write};
 
 /// The program of the image: static when the tests are built as ci/build builds, and refused otherwise.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rehydrator");
@@ -42,10 +46,6 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
-fn blob_of(content: &[u8]) -> Blob {
-    Blob { sha256: Digest::of(content), size: content.len() as u64 }
-}
-
 /// The blobs of the directory: the live rootfs that all share, a delta of one disk, a map that two disks share.
 const BLOBS: [&[u8]; 3] = [&[0xA5; 300_000], b"delta of openstack", b"map of two disks"];
 
@@ -53,50 +53,24 @@ const BLOBS: [&[u8]; 3] = [&[0xA5; 300_000], b"delta of openstack", b"map of two
 fn dehydrated(dir: &Path) -> Index {
     let stream_json = br#"{"stream":"stable","architectures":{"x86_64":{"artifacts":{
         "metal":{"release":"44.20260707.3.1"},"openstack":{"release":"44.20260707.3.1"}}}}}"#;
-    let artifact = |platform: &str, format: &str, file: &str, source, map: Option<&[u8]>| {
-        let name = format!("coreos-44-{platform}.x86_64-{file}.{format}");
-        Artifact {
-            arch: "x86_64".into(),
-            platform: platform.into(),
-            format: format.into(),
-            file: file.into(),
-            published: NamedFile { name: format!("{name}.xz"), blob: blob_of(b"published") },
-            output: NamedFile { name: name.clone(), blob: blob_of(b"output") },
-            tier: Tier::Uncompressed,
-            published_map: None,
-            encoders: Default::default(),
-            not_published: None,
-            source,
-            map: map.map(blob_of),
-            signature: Some(blob_of(format!("signature of {name}").as_bytes())),
-            stored: 0,
-        }
+    let signed = |platform: &str, file: &str, source, map: Option<&[u8]>| {
+        let artifact = artifact("x86_64", platform, file, source, blob_of(b"output"));
+        let signature = format!("signature of {}", artifact.output.name);
+        Artifact { signature: Some(blob_of(signature.as_bytes())), map: map.map(blob_of), ..artifact }
     };
     let [rootfs, delta, map] = BLOBS;
-    let index = Index {
-        format_version: FORMAT_VERSION,
-        generator: "tests/image.rs".into(),
-        stream: StreamFile { name: "stable".into(), blob: blob_of(stream_json) },
-        artifacts: vec![
-            artifact("metal", "pxe", "rootfs", 0, None),
-            artifact("metal", "raw", "disk", 0, Some(map)),
-            artifact("openstack", "qcow2", "disk", 1, Some(map)),
-        ],
-        unhandled: Vec::new(),
-        sources: vec![
-            SourceSpec::Stored { blob: blob_of(rootfs) },
-            SourceSpec::Delta { blob: blob_of(delta), plain_size: 1, base: vec![0] },
-        ],
-    };
-    fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
+    let artifacts = vec![
+        signed("metal", "rootfs.pxe", 0, None),
+        signed("metal", "disk.raw", 0, Some(map)),
+        signed("openstack", "disk.qcow2", 1, Some(map)),
+    ];
+    let sources = vec![
+        SourceSpec::Stored { blob: blob_of(rootfs) },
+        SourceSpec::Delta { blob: blob_of(delta), plain_size: 1, base: vec![0] },
+    ];
+    let index = write(dir, stream_json, artifacts, sources, &BLOBS);
     fs::create_dir_all(dir.join("signatures")).unwrap();
-    fs::write(dir.join("stream.json"), stream_json).unwrap();
     fs::write(dir.join("stream.json.sig"), "signature of the stream").unwrap();
-    fs::write(dir.join("index.json"), index.to_json()).unwrap();
-    fs::write(dir.join("index.json.sha256"), index_digest(&index.to_json())).unwrap();
-    for blob in BLOBS {
-        fs::write(dir.join(format!("blobs/sha256/{}", Digest::of(blob))), blob).unwrap();
-    }
     for artifact in &index.artifacts {
         let signature = format!("signature of {}", artifact.output.name);
         fs::write(dir.join(format!("signatures/{}.sig", artifact.published.name)), signature).unwrap();

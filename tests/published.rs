@@ -196,6 +196,45 @@ fn xz_of_many_settings_and_two_versions() {
 }
 
 #[test]
+fn zstd_of_many_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    some_file(dir);
+    // Several jobs of a worker.
+    sh(dir, "for i in 1 2 3 4 5 6; do cat plain; head -c 200000 /dev/urandom; done > large");
+    for (i, command) in [
+        "TRIXIE -c plain",
+        "TRIXIE -c -T2 large",
+        "TRIXIE -c -T1 large",
+        "TRIXIE -c --single-thread large",
+        "TRIXIE -1 -c < large",
+        "TRIXIE -6 -c --no-check large",
+        "cat large | TRIXIE -9 -c --single-thread",
+        "TRIXIE -12 -c plain",
+        "TRIXIE -15 -c plain",
+        "TRIXIE -19 -c large",
+        "TRIXIE --ultra -22 -c plain",
+        "TRIXIE -3 --long -c large",
+        "TRIXIE -c plain; TRIXIE -5 -c < large",
+        "head -c 1000 plain | TRIXIE -c",
+        "head -c 50000 plain > short; TRIXIE -c -19 short",
+        "head -c 0 plain | TRIXIE -c",
+        "head -c 3000000 /dev/urandom | TRIXIE -c",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("{i}.zst");
+        sh(dir, &format!("({}) > {name}", command.replace("TRIXIE", &trixie("zstd"))));
+        let map = made_again(dir, &name).unwrap_or_else(|why| panic!("{command}: {why}"));
+        assert!(map.to_bytes().len() < 100, "{command}: a map of {}", map.to_bytes().len());
+    }
+    // What another version or other settings make.
+    sh(dir, "TRIXIE -c --zstd=strategy=1 plain > odd.zst".replace("TRIXIE", &trixie("zstd")).as_str());
+    assert_eq!(made_again(dir, "odd.zst").unwrap_err(), "no level of zstd 1.5.7 makes it");
+}
+
+#[test]
 fn gzip_and_zip() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -249,6 +288,7 @@ fn golden_bytes() {
     let plain = Random(42).mixture(3_000_000, &Random(43).bytes(100_000));
     let gzip = |level| (vec![2, 0], 4, vec![level]);
     let zlib = |level| (vec![2, 1, 0, level, 15, 8], 2, vec![0]);
+    let zstd = |level, flags| (vec![2, 0], 7, vec![level, 0, flags]);
     let lzma2 = |preset, dict| (vec![2, 0], 6, [vec![preset], varint(dict)].concat());
     let mut found = Vec::new();
     for (name, (head, kind, side)) in [
@@ -263,6 +303,9 @@ fn golden_bytes() {
         ("lzma2 6", lzma2(6, 8 << 20)),
         ("lzma2 6e", lzma2(22, 8 << 20)),
         ("lzma2 9", lzma2(9, 64 << 20)),
+        ("zstd 3", zstd(3, 2)),
+        ("zstd 3, threads", zstd(3, 3)),
+        ("zstd 19, threads", zstd(19, 3)),
     ] {
         let len = varint(plain.len() as u64);
         // A length that is never reached: what comes out is looked at, not the error at the end.

@@ -156,7 +156,7 @@ fn view(image: &dyn Source, map: &ClusterMap) -> io::Result<Vec<u8>> {
                 assert!(u64::from(offset) + extent.len <= decoded_len.into());
                 let decoded = match decoded.entry(id) {
                     Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(new) => new.insert(map.codec.decode(id)?),
+                    Entry::Vacant(new) => new.insert(map.codec.decode(id, Vec::new())?),
                 };
                 assert_eq!(decoded.len(), decoded_len as usize);
                 out.extend(&decoded[offset as usize..][..len]);
@@ -454,7 +454,7 @@ fn harm((image, map): &(Arc<dyn Source>, ClusterMap), open: fn(Arc<dyn Source>) 
         for id in 0..map.codec.count() {
             let len = map.codec.decoded_len(id);
             assert!(len <= MAX_CLUSTER);
-            if let Ok(decoded) = map.codec.decode(id) {
+            if let Ok(decoded) = map.codec.decode(id, Vec::new()) {
                 assert_eq!(decoded.len(), len as usize);
             }
         }

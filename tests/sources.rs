@@ -192,7 +192,7 @@ impl ClusterCodec for Counting {
     fn decoded_len(&self, _: u32) -> u32 {
         CLUSTER as u32
     }
-    fn decode(&self, id: u32) -> io::Result<Vec<u8>> {
+    fn decode(&self, id: u32, _: Vec<u8>) -> io::Result<Vec<u8>> {
         self.decodes.fetch_add(1, Ordering::Relaxed);
         Ok(self.plain[id as usize * CLUSTER..][..CLUSTER].to_vec())
     }

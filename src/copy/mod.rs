@@ -23,6 +23,7 @@ use serde::Deserialize;
 use crate::digest::{Digest, Hasher};
 use crate::mirror::filter::{Filter, Filters};
 use crate::oci::layout::{Destination, Staging};
+use crate::oci::sign::Policy;
 use crate::progress::Progress;
 use crate::registry::{Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index};
 use crate::transport::{self, Transport, belongs, blob_path};
@@ -110,15 +111,16 @@ struct Parts {
 /// Copies images.
 pub struct Copier<'a> {
     registry: RegistryOptions,
+    policy: Policy,
     progress: &'a Progress,
     /// Taken while a layout gets a new name: its index is one file.
     naming: Mutex<()>,
 }
 
 impl<'a> Copier<'a> {
-    /// Speaks to registries as `registry` says.
-    pub fn new(registry: RegistryOptions, progress: &'a Progress) -> Self {
-        Self { registry, progress, naming: Mutex::new(()) }
+    /// Speaks to registries as `registry` says, and copies only images that are signed as `policy` demands.
+    pub fn new(registry: RegistryOptions, policy: Policy, progress: &'a Progress) -> Self {
+        Self { registry, policy, progress, naming: Mutex::new(()) }
     }
 
     /// Copies the image, or the images, at `source` to `dest`.
@@ -155,6 +157,7 @@ impl<'a> Copier<'a> {
         copied: &mut Copied,
     ) -> Result<()> {
         let mut root = from.root()?;
+        self.policy.check("signature", from, root.digest)?;
         if !options.platforms.is_empty() && is_index(&root.media_type) {
             root = self.only(&root, &options.platforms)?;
         }

@@ -60,7 +60,7 @@ pub fn fold(map: &Map, plain: &mut dyn Read, out: &mut dyn Write, memory: u64) -
                             xz::encode_all(blocks, at_a_time, plain, &mut out)?;
                         }
                         _ => {
-                            let mut stream = StreamWriter::new(encoder, &mut out)?;
+                            let mut stream = StreamWriter::new(encoder, inner.folded_len, &mut out)?;
                             fold(inner, plain, &mut stream, memory)?;
                             stream.finish()?;
                             segments = rest;

@@ -27,6 +27,7 @@
 //! | 4 | *gzip stream*: what GNU gzip makes of the folded bytes of a nested level (see `gnu_gzip.rs`) | of the stream | gzip's level(1: 1..9), level(d+1) |
 //! | 5 | *literal*: bytes that are in the map and not in the plain stream | their number, ≥ 1 | the bytes |
 //! | 6 | *LZMA2 stream*: what liblzma makes of the folded bytes of a nested level | of the stream | preset(1: 0..9, 16 more for the extreme variant), dictionary in bytes(varint), level(d+1) |
+//! | 7 | *zstd frame*: what libzstd makes of the folded bytes of a nested level | of the frame | level(1: 1..22), window of `--long` as a power of two(1: 0 without it), flags(1: 1 by worker threads, 2 with a checksum, 4 with the length of its plain bytes), level(d+1) |
 //! | 16 + n | *zlib*: what zlib with params n makes | of its plain bytes, ≤ 4 MiB | – |
 //!
 //! ```text
@@ -40,7 +41,7 @@
 //! The checksum is there because `preflate-rs` does not bound what damaged corrections make it do. Against damage made on
 //! purpose only a digest of the map helps: whoever reads a map from elsewhere checks that first.
 //!
-//! Version 1 differs in one thing: it has no kinds 4 to 6, and the kinds from 4 on are *zlib* with params n. It is still read.
+//! Version 1 differs in one thing: it has no kinds 4 to 7, and the kinds from 4 on are *zlib* with params n. It is still read.
 //!
 //! Levels nest at most [`MAX_DEPTH`] deep. A map has at most [`MAX_SEGMENTS`] segments, counting pieces, and
 //! [`MAX_MAP`] bytes.
@@ -49,9 +50,9 @@ use std::collections::BTreeSet;
 use std::io;
 
 use super::scan::MAX_DEPTH;
-use super::xz;
 use super::zlib::{Params, Wrap, crc32};
 use super::{gnu_gzip, preflate, zlib};
+use super::{xz, zst};
 
 /// The longest map that is read or made, in bytes. That of a VMDK of 10 GiB has about 200 KB.
 pub const MAX_MAP: usize = 64 << 20;
@@ -111,6 +112,8 @@ pub(super) enum StreamEncoder {
     Gzip(u8),
     /// LZMA2 by liblzma.
     Lzma2(xz::Params),
+    /// A frame by libzstd.
+    Zstd(zst::Params),
     Pieces(Vec<Piece>),
 }
 
@@ -159,6 +162,7 @@ impl Map {
                 | Segment::Stream { encoder: StreamEncoder::Zlib(_), .. } => zlib::version(),
                 Segment::Stream { encoder: StreamEncoder::Gzip(_), .. } => gnu_gzip::VERSION.to_string(),
                 Segment::Stream { encoder: StreamEncoder::Lzma2(_), .. } => xz::VERSION.to_string(),
+                Segment::Stream { encoder: StreamEncoder::Zstd(_), .. } => zst::VERSION.to_string(),
             });
             if let Segment::Stream { inner, .. } = segment {
                 found.extend(inner.encoders());
@@ -209,6 +213,7 @@ impl Map {
             Segment::Stream { encoder: StreamEncoder::Gzip(_), .. } => 4,
             Segment::Literal(_) => 5,
             Segment::Stream { encoder: StreamEncoder::Lzma2(_), .. } => 6,
+            Segment::Stream { encoder: StreamEncoder::Zstd(_), .. } => 7,
             Segment::Small { encoder: Encoder::Zlib(p), .. } => ZLIB + number(p) as u8,
         }));
         for segment in &self.segments {
@@ -238,6 +243,11 @@ impl Map {
                         StreamEncoder::Lzma2(p) => {
                             out.push(p.preset | if p.extreme { EXTREME } else { 0 });
                             put(out, p.dict.into());
+                        }
+                        StreamEncoder::Zstd(p) => {
+                            let flags = [p.threads, p.checksum, p.sized];
+                            let flags = (0..3).map(|i| u8::from(flags[i]) << i).sum();
+                            out.extend([p.level, p.long, flags]);
                         }
                         StreamEncoder::Pieces(pieces) => {
                             put(out, pieces.len() as u64);
@@ -410,7 +420,7 @@ impl<'a> Input<'a> {
                 }
                 5 if len == 0 => return Err(bad("an empty segment")),
                 5 => Segment::Literal(self.take(usize::try_from(len).unwrap_or(usize::MAX))?.to_vec()),
-                2..=4 | 6 => {
+                2..=4 | 6 | 7 => {
                     let encoder = match kind {
                         2 => {
                             let n = self.varint()?;
@@ -418,6 +428,7 @@ impl<'a> Input<'a> {
                         }
                         3 => StreamEncoder::Pieces(self.pieces()?),
                         6 => StreamEncoder::Lzma2(self.lzma2()?),
+                        7 => StreamEncoder::Zstd(self.zstd()?),
                         _ => StreamEncoder::Gzip(match self.byte()? {
                             level @ 1..=9 => level,
                             other => return Err(bad(format!("no level of gzip: {other}"))),
@@ -449,6 +460,17 @@ impl<'a> Input<'a> {
         let dict = self.bounded("dictionary", u32::MAX.into())? as u32;
         let params = xz::Params { preset: preset & !EXTREME, extreme: preset & EXTREME != 0, dict };
         if params.valid() { Ok(params) } else { Err(bad(format!("no LZMA2 parameters: {params:?}"))) }
+    }
+
+    fn zstd(&mut self) -> io::Result<zst::Params> {
+        let (level, long, flags) = (self.byte()?, self.byte()?, self.byte()?);
+        let flag = |i: u8| flags >> i & 1 == 1;
+        let params = zst::Params { level, long, threads: flag(0), checksum: flag(1), sized: flag(2) };
+        if flags < 8 && params.valid() {
+            Ok(params)
+        } else {
+            Err(bad(format!("no zstd parameters: {params:?}")))
+        }
     }
 
     fn pieces(&mut self) -> io::Result<Vec<Piece>> {

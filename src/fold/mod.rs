@@ -32,6 +32,7 @@ mod vmdk;
 mod wrap;
 mod xz;
 mod zlib;
+mod zst;
 
 pub use encode::fold;
 pub use map::{MAX_MAP, Map};

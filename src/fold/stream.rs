@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -15,8 +16,8 @@ use super::deflate::candidates;
 use super::gnu_gzip::Gzip;
 use super::map::{self, How, MAX_PIECE, Piece, StreamEncoder};
 use super::preflate::{self, WINDOW, keep_bits};
-use super::xz;
 use super::zlib::{Deflate, Inflate, Stop, Wrap};
+use super::{xz, zst};
 use crate::io::{SparseWriter, is_zero, scratch_file};
 use crate::source::{File, Source};
 
@@ -141,9 +142,20 @@ pub(super) enum Whole {
     Zlib(Deflate),
     Gzip(Box<Gzip>),
     Lzma2(xz::Encoder),
+    Zstd(zst::Encoder),
 }
 
 impl Whole {
+    fn new(encoder: &StreamEncoder, plain_len: u64) -> io::Result<Self> {
+        Ok(match encoder {
+            StreamEncoder::Zlib(params) => Self::Zlib(Deflate::new(*params)?),
+            StreamEncoder::Gzip(level) => Self::Gzip(Box::new(Gzip::new(*level))),
+            StreamEncoder::Lzma2(params) => Self::Lzma2(xz::Encoder::new(params)?),
+            StreamEncoder::Zstd(params) => Self::Zstd(zst::Encoder::new(params, plain_len)?),
+            StreamEncoder::Pieces(_) => return Err(io::Error::other("pieces are not made in one go")),
+        })
+    }
+
     fn run(&mut self, input: &[u8], finish: bool, out: &mut Vec<u8>) -> io::Result<()> {
         match self {
             Self::Zlib(deflate) => deflate.run(input, finish, out),
@@ -152,6 +164,7 @@ impl Whole {
                 Ok(())
             }
             Self::Lzma2(encoder) => encoder.run(input, finish, out),
+            Self::Zstd(encoder) => encoder.run(input, finish, out),
         }
     }
 }
@@ -196,22 +209,34 @@ fn find_whole(
     plain: &dyn Source,
     enough: u64,
 ) -> io::Result<Option<StreamEncoder>> {
+    let all = candidates(Wrap::Raw).into_iter().map(StreamEncoder::Zlib);
+    let all = all.chain((1..=9).map(StreamEncoder::Gzip)).collect();
+    race(all, source, start..start + stream.folded_len, plain, stream.plain_len, enough)
+}
+
+/// The one of `encoders` that makes the `range` of `source` of the `plain_len` bytes of `plain`. One that makes the first
+/// `enough` of them as no other does is believed to make the rest.
+pub(super) fn race(
+    encoders: Vec<StreamEncoder>,
+    source: &dyn Source,
+    range: Range<u64>,
+    plain: &dyn Source,
+    plain_len: u64,
+    enough: u64,
+) -> io::Result<Option<StreamEncoder>> {
     let mut alive = Vec::new();
-    let candidate = |encoder, whole| Candidate { encoder, whole, done: 0, made: Vec::new() };
-    for params in candidates(Wrap::Raw) {
-        alive.push(candidate(StreamEncoder::Zlib(params), Whole::Zlib(Deflate::new(params)?)));
+    for encoder in encoders {
+        let whole = Whole::new(&encoder, plain_len)?;
+        alive.push(Candidate { encoder, whole, done: 0, made: Vec::new() });
     }
-    alive.extend(
-        (1..=9).map(|level| candidate(StreamEncoder::Gzip(level), Whole::Gzip(Box::new(Gzip::new(level))))),
-    );
     let mut feed = vec![0; FEED];
     let mut pos = 0;
     loop {
-        let part = &mut feed[..(stream.plain_len - pos).min(FEED as u64) as usize];
+        let part = &mut feed[..(plain_len - pos).min(FEED as u64) as usize];
         plain.read_at(pos, part)?;
         pos += part.len() as u64;
-        let finish = pos == stream.plain_len;
-        let run = |c: &mut Candidate| c.run(part, finish, source, start, stream.folded_len);
+        let finish = pos == plain_len;
+        let run = |c: &mut Candidate| c.run(part, finish, source, range.start, range.end - range.start);
         let right = match &mut alive[..] {
             [only] => vec![run(only)?],
             many => many.par_iter_mut().map(run).collect::<io::Result<Vec<_>>>()?,
@@ -314,17 +339,13 @@ pub(super) enum StreamWriter<'a> {
 }
 
 impl<'a> StreamWriter<'a> {
-    pub(super) fn new(encoder: &'a StreamEncoder, out: &'a mut dyn Write) -> io::Result<Self> {
+    /// A stream of `plain_len` bytes.
+    pub(super) fn new(
+        encoder: &'a StreamEncoder,
+        plain_len: u64,
+        out: &'a mut dyn Write,
+    ) -> io::Result<Self> {
         Ok(match encoder {
-            StreamEncoder::Zlib(params) => {
-                Self::Whole { whole: Whole::Zlib(Deflate::new(*params)?), feed: Vec::new(), out }
-            }
-            StreamEncoder::Gzip(level) => {
-                Self::Whole { whole: Whole::Gzip(Box::new(Gzip::new(*level))), feed: Vec::new(), out }
-            }
-            StreamEncoder::Lzma2(params) => {
-                Self::Whole { whole: Whole::Lzma2(xz::Encoder::new(params)?), feed: Vec::new(), out }
-            }
             StreamEncoder::Pieces(pieces) => Self::Pieces(PieceWriter {
                 pieces,
                 held: Vec::new(),
@@ -334,6 +355,7 @@ impl<'a> StreamWriter<'a> {
                 zeros: HashMap::new(),
                 out,
             }),
+            whole => Self::Whole { whole: Whole::new(whole, plain_len)?, feed: Vec::new(), out },
         })
     }
 

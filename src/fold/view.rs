@@ -110,7 +110,7 @@ impl Folded {
             Segment::Stream { encoder, inner, .. } if needed <= STREAM_WINDOW => {
                 let mut out = Window { bytes: vec![], most: STREAM_WINDOW as usize };
                 let mut plain = From { source: &*self.plain, pos: plain_at };
-                let mut stream = StreamWriter::new(encoder, &mut out)?;
+                let mut stream = StreamWriter::new(encoder, inner.folded_len, &mut out)?;
                 let done = super::fold(inner, &mut plain, &mut stream, 0).and_then(|()| stream.finish());
                 match done {
                     Err(e) if out.bytes.len() < out.most => Err(e),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::map::{MAX_MAP, MAX_SEGMENTS, Map, Segment, StreamEncoder};
 use super::peel::{Compression, ZIP_DEFLATE, ZIP_STORED, zip_member};
-use super::{gzip, stream, xz};
+use super::{gzip, stream, xz, zst};
 use crate::source::{File, Slice, Source};
 
 /// How hard to look for the encoder.
@@ -51,7 +51,7 @@ pub fn wrap(
                 method => Err(format!("zip method {method} is not known here")),
             }
         }
-        Compression::Zstd => Err("zstd is not made again yet".into()),
+        Compression::Zstd => wrapper.zstd()?,
     };
     if let Err(reason) = found {
         return Ok(Err(reason));
@@ -152,6 +152,36 @@ impl Wrapper<'_> {
                 Ok(end) => end + gzip::TRAILER,
                 Err(reason) => return Ok(Err(reason)),
             };
+        }
+        Ok(Ok(()))
+    }
+
+    fn zstd(&mut self) -> Found {
+        let frames = match zst::frames(self.file)? {
+            Ok(frames) => frames,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let enough = if self.effort == Effort::Beginning { ENOUGH } else { u64::MAX };
+        for frame in frames {
+            let plain = Slice::new(self.plain.clone(), self.plain_at, frame.plain_len)?;
+            let mut found = None;
+            // One at a time: the higher levels take hundreds of MB.
+            for params in zst::Params::candidates(&frame.header) {
+                if zst::makes_beginning(&params, self.file, &frame, &plain)? {
+                    let (range, one) =
+                        (frame.offset..frame.offset + frame.len, vec![StreamEncoder::Zstd(params)]);
+                    found = stream::race(one, self.file, range, &plain, frame.plain_len, enough)?;
+                }
+                if found.is_some() {
+                    break;
+                }
+            }
+            let Some(encoder) = found else {
+                return Ok(Err(format!("no level of {} makes it", zst::VERSION)));
+            };
+            if let Err(reason) = self.stream(frame.offset, frame.len, frame.plain_len, encoder)? {
+                return Ok(Err(reason));
+            }
         }
         Ok(Ok(()))
     }

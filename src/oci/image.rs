@@ -3,9 +3,11 @@
 //! Data is copied from file to file and checked on the way: an image never holds a blob whose digest is not its name.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use flate2::{Compression, GzBuilder};
@@ -17,7 +19,7 @@ use oci_spec::image::{
 use serde::Deserialize;
 
 use super::layer::TarLayer;
-use super::layout::{Staging, Target, parent};
+use super::layout::{Destination, Staging, Target, parent};
 use super::sign::{Signing, cosign, cosign_tag, simple_sign};
 use super::{
     ANNOTATION_ARCHITECTURES, ANNOTATION_ARTIFACTS, ANNOTATION_FILES, ANNOTATION_STREAM, DATA, PROGRAM, elf,
@@ -29,6 +31,7 @@ use crate::recipe::{Blob, Index};
 use crate::registry::{self, Client, Options, Reference};
 use crate::source::{Reader, Slice};
 use crate::store::{self, Store};
+use crate::transport;
 
 /// The largest layer, in bytes: registries that keep blobs in object stores refuse more than 5 GB at once, and 4 GiB
 /// leaves room for what they count differently.
@@ -58,13 +61,38 @@ pub fn source_date_epoch() -> Result<u64> {
         .with_context(|| format!("SOURCE_DATE_EPOCH: {text:?}: expected seconds up to {MAX_TIME}"))
 }
 
+/// A static executable, `[ARCH=]FILE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// The architecture that it must be for, as images name it, where that is said.
+    pub arch: Option<String>,
+    /// The file.
+    pub path: PathBuf,
+}
+
+impl FromStr for Program {
+    type Err = Infallible;
+
+    /// What is before the first `=` is an architecture, unless it cannot be one.
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let name =
+            |arch: &str| !arch.is_empty() && arch.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        Ok(match text.split_once('=').filter(|(arch, _)| name(arch)) {
+            Some((arch, path)) => {
+                Self { arch: Some(registry::image_arch(arch).to_owned()), path: path.into() }
+            }
+            None => Self { arch: None, path: text.into() },
+        })
+    }
+}
+
 /// How to make an image.
 pub struct Build<'a> {
     /// The dehydrated directory.
     pub dehydrated: &'a Path,
     /// The static executable, for each architecture one. Of several, images are made that share their data, and an
     /// index of these.
-    pub programs: Vec<&'a Path>,
+    pub programs: Vec<Program>,
     /// Where it goes, as [`Target`] reads it.
     pub output: &'a str,
     /// What everything in it is stamped with, in seconds of the epoch.
@@ -98,7 +126,7 @@ pub fn build(dehydrated: &Path, program: &Path, output: &str) -> Result<Digest> 
 
 /// [`build`], with `time` instead of [`source_date_epoch`].
 pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> Result<Digest> {
-    let programs = vec![program];
+    let programs = vec![Program { arch: None, path: program.to_owned() }];
     let (registry, signing, progress) =
         (Options::default(), Signing::default(), &Progress::new(Mode::default()));
     let max_layer = MAX_LAYER;
@@ -148,19 +176,32 @@ impl Build<'_> {
                 staging.document(MediaType::ImageIndex, &index)?
             }
         };
-        let digest = root.digest().to_string().parse()?;
+        let digest: Digest = root.digest().to_string().parse()?;
 
-        let signature = match &identity {
-            Some(identity) => simple_sign(&self.signing, identity, digest)?,
-            None => None,
+        // The one that podman picks of several must be signed too; first the one that all is in.
+        let mut signed = vec![digest];
+        for image in images.iter().filter(|_| images.len() > 1) {
+            signed.push(image.digest().to_string().parse()?);
+        }
+        let sign = |layout: Option<&Path>| -> Result<Option<PathBuf>> {
+            let Some(identity) = &identity else { return Ok(None) };
+            let paths = signed.iter().map(|&digest| simple_sign(&self.signing, identity, digest, layout));
+            Ok(paths.collect::<Result<Vec<_>>>()?.into_iter().next().flatten())
         };
-        match &target {
-            Target::Layout(_) => {
-                let signatures = self.cosign(identity.as_ref(), digest, &staging, None)?;
-                let signatures = signatures.map(|(image, _)| (cosign_tag(digest), image));
-                staging.publish(root, signatures.into_iter().collect())?;
+        let signature = match &target {
+            Target::Layout(destination) => {
+                let mut signatures = Vec::new();
+                for &digest in &signed {
+                    let earlier = self.earlier_in(destination, digest)?;
+                    let made = self.cosign(identity.as_ref(), digest, &staging, earlier)?;
+                    signatures.extend(made.map(|(image, _)| (cosign_tag(digest), image)));
+                }
+                staging.publish(root, signatures)?;
+                sign((!destination.archive).then_some(&destination.path))?
             }
             Target::Registry(to) => {
+                // Whoever sees the image is to find its signature.
+                let signature = sign(None)?;
                 let client = Client::new(self.registry.clone().patient());
                 push::blobs(&staging, &client, to, &blobs, self.progress)?;
                 if images.len() > 1 {
@@ -169,10 +210,13 @@ impl Build<'_> {
                         push::manifest(&staging, &client, &to, image)?;
                     }
                 }
-                self.push_signature(&client, to, identity.as_ref(), digest, &staging)?;
+                for &digest in &signed {
+                    self.push_signature(&client, to, identity.as_ref(), digest, &staging)?;
+                }
                 push::manifest(&staging, &client, to, &root)?;
+                signature
             }
-        }
+        };
         Ok(Built { digest, signature })
     }
 
@@ -208,6 +252,16 @@ impl Build<'_> {
         cosign(key, identity, digest, staging, earlier).map(Some)
     }
 
+    /// The image of cosign signatures that the layout has for the image `digest`.
+    fn earlier_in(&self, layout: &Destination, digest: Digest) -> Result<Option<ImageManifest>> {
+        if self.signing.cosign.is_none() || layout.archive || !layout.path.join(transport::LAYOUT).exists() {
+            return Ok(None);
+        }
+        let place = transport::open(&format!("oci:{}", layout.path.display()), Options::default())?;
+        let manifest = place.tagged(&cosign_tag(digest))?.map(|image| image.root()).transpose()?;
+        manifest.map(|manifest| transport::manifest(&manifest)).transpose()
+    }
+
     fn push_signature(
         &self,
         client: &Client,
@@ -222,7 +276,7 @@ impl Build<'_> {
         let to = to.with_tag(&cosign_tag(digest))?;
         // What others signed stays.
         let earlier = match client.manifest(&to) {
-            Ok(manifest) => Some(serde_json::from_slice(&manifest.bytes).with_context(|| to.to_string())?),
+            Ok(manifest) => Some(transport::manifest(&manifest).with_context(|| to.to_string())?),
             Err(e) if registry::not_found(&e) => None,
             Err(e) => return Err(e),
         };
@@ -451,13 +505,16 @@ struct Layer {
 }
 
 /// The program, and the architecture it is for.
-fn program_layer(staging: &Staging, program: &Path, time: u64) -> Result<(Arch, Layer)> {
-    let at = || format!("program {}", program.display());
-    let file = File::open(program).with_context(at)?;
+fn program_layer(staging: &Staging, program: &Program, time: u64) -> Result<(Arch, Layer)> {
+    let at = || format!("program {}", program.path.display());
+    let file = File::open(&program.path).with_context(at)?;
     let size = file.metadata().with_context(at)?.len();
     let mut head = Vec::new();
     (&file).take(elf::HEAD).read_to_end(&mut head).with_context(at)?;
     let arch = elf::static_executable(&head).with_context(at)?;
+    if let Some(expected) = program.arch.as_ref().filter(|expected| **expected != arch.to_string()) {
+        bail!("{}: it is for {arch}, not for {expected}", at());
+    }
 
     let (descriptor, plain) = staging.blob(MediaType::ImageLayerGzip, |out| {
         // No name and no time in the header, so that only the content decides.
@@ -586,6 +643,7 @@ mod tests {
                 file: "disk".into(),
                 published: NamedFile { name: format!("{i}.xz"), blob: blob(0, 1) },
                 output: NamedFile { name: format!("{i}"), blob: blob(0, 1) },
+                blake3: None,
                 tier: Tier::Published,
                 published_map: None,
                 encoders: Default::default(),

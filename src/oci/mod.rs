@@ -31,6 +31,7 @@
 pub mod cosign;
 pub mod elf;
 pub mod image;
+mod kept;
 mod layer;
 pub mod layout;
 mod push;

@@ -3,8 +3,8 @@
 //! The layers of an image say which files of the dehydrated directory they hold, and where; so an artifact is
 //! rehydrated without the layers it does not need. The layer of the metadata is fetched whole and checked by its digest, so
 //! that the index is the one that the manifest, and so a signature, covers. A blob is fetched when it is first opened, as
-//! a range of its layer, and checked by its name before anything is read of it. What was fetched is kept in an unnamed
-//! temporary file until the end; what is small in memory.
+//! a range of its layer, and checked by its name before anything is read of it. What was fetched is kept as long as there
+//! is room for it, see [`super::kept`]; what is small in memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Write};
@@ -15,12 +15,13 @@ use anyhow::{Context, Result, ensure};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
 
 use super::ANNOTATION_FILES;
+use super::kept::{self, Kept, PIECE};
+use super::sign::Policy;
 use crate::digest::{Digest, Hasher};
-use crate::io::scratch_file;
 use crate::progress::Progress;
 use crate::recipe::Blob;
 use crate::registry::{Manifest, Options, Reference, TRANSPORT, is_index};
-use crate::source::{self, Slice, Source};
+use crate::source::{Slice, Source};
 use crate::store::{self, BLOBS, Files, Store};
 use crate::transport::{self, Transport};
 
@@ -32,6 +33,9 @@ const SMALL: u64 = 256 << 10;
 
 /// The longest layer of metadata that is read, in bytes: several times the longest index.
 const MAX_METADATA: u64 = 256 << 20;
+
+/// How much is kept of what is on this machine anyway, in bytes.
+const LOCAL_CACHE: u64 = 64 * PIECE;
 
 /// The name of an image with its transport: `docker://REF`, `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or `dir:DIR`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,15 +65,18 @@ pub struct Image {
     name: String,
     transport: Box<dyn Transport>,
     root: Manifest,
+    kept: Arc<Kept>,
 }
 
 impl Image {
-    /// Opens the image at `origin`; `options` are for registries.
-    pub fn open(origin: &Origin, options: Options) -> Result<Self> {
+    /// Opens the image at `origin`; `options` are for registries, and `cache` is how many bytes to keep of what is
+    /// fetched from there.
+    pub fn open(origin: &Origin, options: Options, cache: u64) -> Result<Self> {
         let name = origin.0.clone();
         let transport = transport::open(&name, options)?;
         let root = transport.root().with_context(|| name.clone())?;
-        Ok(Self { name, transport, root })
+        let kept = Kept::new(if transport.local() { LOCAL_CACHE } else { cache });
+        Ok(Self { name, transport, root, kept })
     }
 
     /// What it is called in messages.
@@ -77,23 +84,13 @@ impl Image {
         &self.name
     }
 
-    /// Its name in a registry, where it is in one.
-    pub fn reference(&self) -> Option<&Reference> {
-        self.transport.reference()
-    }
-
-    /// The digest of its manifest, or of the index of its manifests.
-    pub fn digest(&self) -> Digest {
-        self.root.digest
-    }
-
-    /// The image that has this tag beside it, if any.
-    pub fn tagged(&self, tag: &str) -> Result<Option<Manifest>> {
-        self.transport.tagged(tag)?.map(|image| image.root()).transpose()
+    /// Checks its signatures.
+    pub fn check(&self, policy: &Policy) -> Result<()> {
+        policy.check(&self.name, &*self.transport, self.root.digest)
     }
 
     /// A small blob, checked.
-    pub fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+    fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         transport::document(&*self.transport, descriptor)
             .with_context(|| format!("{}: blob {}", self.name, descriptor.digest()))
     }
@@ -118,7 +115,7 @@ impl Image {
     }
 
     /// Part of a layer.
-    fn part(&self, layer: &Descriptor, offset: u64, len: u64) -> io::Result<impl Read + use<>> {
+    fn part(&self, layer: &Descriptor, offset: u64, len: u64) -> io::Result<impl Read + Send + use<>> {
         Ok(self.transport.part(layer, offset, len).map_err(io::Error::other)?.take(len))
     }
 
@@ -315,29 +312,17 @@ impl ImageFiles {
 
     /// Gets what is at `place`, and checks it.
     fn get(&self, place: &Place, expected: Option<Digest>) -> io::Result<Arc<dyn Source>> {
-        let part = self.image.part(&place.layer, place.offset, place.size)?;
-        let mut part = Tee { inner: part, copy: Hasher::new(io::sink()), told: |_| {} };
-        let file: Arc<dyn Source> = if place.size <= SMALL {
-            let mut bytes = vec![0; place.size as usize];
-            part.read_exact(&mut bytes)?;
-            Arc::new(bytes)
-        } else {
-            let dir = std::env::temp_dir();
-            let told =
-                |e: io::Error| io::Error::new(e.kind(), format!("temporary file in {}: {e}", dir.display()));
-            let mut file = scratch_file(&dir).map_err(told)?;
-            let copied = io::copy(&mut part, &mut file)?;
-            if copied != place.size {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            Arc::new(source::File::new(file)?)
-        };
-        let (found, _) = part.copy.finish();
-        if let Some(expected) = expected.filter(|expected| *expected != found) {
-            let what = format!("sha256 mismatch: expected {expected}, got {found}");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        if place.size > SMALL {
+            let (image, at) = (self.image.clone(), place.clone());
+            let part = move |offset, len| -> io::Result<Box<dyn Read + Send>> {
+                Ok(Box::new(image.part(&at.layer, at.offset + offset, len)?))
+            };
+            return self.image.kept.fetch(place.size, expected, Box::new(part));
         }
-        Ok(file)
+        let mut bytes = vec![0; place.size as usize];
+        self.image.part(&place.layer, place.offset, place.size)?.read_exact(&mut bytes)?;
+        kept::matches(Digest::of(&bytes), expected)?;
+        Ok(Arc::new(bytes))
     }
 }
 

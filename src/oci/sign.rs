@@ -5,9 +5,13 @@
 //!
 //! * as an OpenPGP message, in a *lookaside* tree, `REPOSITORY@sha256=HEX/signature-1`
 //!   ([simple signing](https://github.com/containers/image/blob/main/docs/containers-signature.5.md)), which podman and
-//!   skopeo find through `registries.d`, and which any web server can serve;
+//!   skopeo find through `registries.d`, and which any web server can serve; and beside an image in a layout, as
+//!   `HEX.signature-1`;
 //! * with a signature of a plain key beside it, as an image of its own that is tagged `sha256-HEX.sig` in the same
 //!   repository or layout, as [cosign](https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md) does.
+//!
+//! Of an image for several architectures the index is signed, and each image in it: podman and skopeo look for a
+//! signature of the one that they pick.
 //!
 //! The same image, name and key make the same cosign signature; an OpenPGP signature says when it was made.
 
@@ -22,12 +26,12 @@ use serde_json::{Value, json};
 
 use super::cosign::{PrivateKey, PublicKey};
 use super::layout::{Staging, to_json};
-use super::read::Image;
 use crate::digest::Digest;
 use crate::http::{Http, HttpError, Retry};
 use crate::io::read_limited;
 use crate::openpgp::{Keys, MAX_SIGNATURE, Signer};
 use crate::registry::Reference;
+use crate::transport::{self, Transport, signature_file};
 
 /// The media type of what cosign signs.
 const PAYLOAD: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
@@ -117,22 +121,30 @@ fn lookaside_path(name: &Reference, digest: Digest, number: usize) -> String {
     format!("{}@sha256={digest}/signature-{number}", name.repository())
 }
 
-/// Signs the image `digest`, and writes the signature into the lookaside tree. Returns where it is.
-pub fn simple_sign(signing: &Signing, identity: &Reference, digest: Digest) -> Result<Option<PathBuf>> {
+/// Signs the image `digest`, and writes the signature into the lookaside tree, and beside the image in the layout
+/// `layout`, where it is in one. Returns where it is.
+pub fn simple_sign(
+    signing: &Signing,
+    identity: &Reference,
+    digest: Digest,
+    layout: Option<&Path>,
+) -> Result<Option<PathBuf>> {
     let Some(signer) = &signing.openpgp else { return Ok(None) };
     let signature = signer.sign(&payload(TYPES[0], identity, digest)?)?;
-    for number in 1..=MAX_SIGNATURES {
-        let path = signing.lookaside.join(lookaside_path(identity, digest, number));
-        // Signatures of others, and earlier ones, stay.
-        if !path.exists() {
-            let at = || path.display().to_string();
-            let dir = path.parent().unwrap_or(Path::new("."));
-            fs::create_dir_all(dir).with_context(at)?;
-            crate::workdir::write_file(&path, &signature)?;
-            return Ok(Some(path));
-        }
+    if let Some(layout) = layout {
+        add(&signature, |number| layout.join(signature_file(digest, number)))?;
     }
-    bail!("{}: more than {MAX_SIGNATURES} signatures", signing.lookaside.display())
+    add(&signature, |number| signing.lookaside.join(lookaside_path(identity, digest, number))).map(Some)
+}
+
+/// Writes a signature to the first path that is free: those of others, and earlier ones, stay.
+fn add(signature: &[u8], path: impl Fn(usize) -> PathBuf) -> Result<PathBuf> {
+    let free = (1..=MAX_SIGNATURES).map(&path).find(|path| !path.exists());
+    let path = free.with_context(|| format!("{}: no more signatures", path(MAX_SIGNATURES).display()))?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir).with_context(|| path.display().to_string())?;
+    crate::workdir::write_file(&path, signature)?;
+    Ok(path)
 }
 
 /// Signs the image `digest` with a plain key, and adds the image that holds the signature to `staging`, as well as its
@@ -176,34 +188,47 @@ impl Policy {
         self.keys.is_empty() && self.cosign.is_none()
     }
 
-    /// Checks the signatures of `image`.
-    pub fn check(&self, image: &Image) -> Result<()> {
-        let digest = image.digest();
-        let at = || format!("{}: {}", image.name(), digest.oci());
-        let identity = self.identity.as_ref().or(image.reference());
+    /// Checks the signatures of the image `digest` at `transport`, which is called `name` in messages.
+    pub fn check(&self, name: &str, transport: &dyn Transport, digest: Digest) -> Result<()> {
+        let at = || format!("{name}: {}", digest.oci());
+        let identity = self.identity.as_ref().or(transport.reference());
         if !self.keys.is_empty() {
-            self.simple(identity, digest).with_context(at)?;
+            self.simple(transport, identity, digest).with_context(at)?;
         }
         if let Some(key) = &self.cosign {
-            cosigned(image, key, identity, digest).with_context(at)?;
+            cosigned(transport, key, identity, digest).with_context(at)?;
         }
         Ok(())
     }
 
-    /// Looks for a good signature in the lookaside tree.
-    fn simple(&self, identity: Option<&Reference>, digest: Digest) -> Result<()> {
-        let name = identity.context("no name to look for a signature by: --identity gives one")?;
+    /// Looks for a good signature beside the image, and in the lookaside tree.
+    fn simple(&self, transport: &dyn Transport, identity: Option<&Reference>, digest: Digest) -> Result<()> {
         let mut last = None;
+        let mut good = |number: usize, signature: &[u8]| {
+            let payload = self.keys.open(signature).map_err(anyhow::Error::from);
+            let good = payload.and_then(|payload| check(&payload, TYPES[0], identity, digest));
+            good.map_err(|e| last = Some(e.context(format!("signature {number}")))).is_ok()
+        };
         for number in 1..=MAX_SIGNATURES {
-            let Some(signature) = self.fetch(&lookaside_path(name, digest, number))? else { break };
-            let good = self.keys.open(&signature).map_err(anyhow::Error::from);
-            match good.and_then(|payload| check(&payload, TYPES[0], Some(name), digest)) {
-                Ok(()) => return Ok(()),
-                Err(e) => last = Some(e.context(format!("signature {number}"))),
+            let Some(signature) = transport.signature(digest, number)? else { break };
+            if good(number, &signature) {
+                return Ok(());
             }
         }
-        Err(last.unwrap_or_else(|| {
-            anyhow::anyhow!("no signature in {}/{}", self.lookaside, lookaside_path(name, digest, 1))
+        for number in 1..=MAX_SIGNATURES {
+            let Some(name) = identity else { break };
+            let Some(signature) = self.fetch(&lookaside_path(name, digest, number))? else { break };
+            if good(number, &signature) {
+                return Ok(());
+            }
+        }
+        Err(last.unwrap_or_else(|| match identity {
+            Some(name) => {
+                anyhow::anyhow!("no signature in {}/{}", self.lookaside, lookaside_path(name, digest, 1))
+            }
+            None => anyhow::anyhow!(
+                "no signature beside it, and no name to look for one elsewhere: --identity gives one"
+            ),
         }))
     }
 
@@ -226,10 +251,16 @@ impl Policy {
     }
 }
 
-/// Looks for a good signature in the image of signatures of `image`.
-fn cosigned(image: &Image, key: &PublicKey, identity: Option<&Reference>, digest: Digest) -> Result<()> {
+/// Looks for a good signature in the image of signatures of the image `digest`.
+fn cosigned(
+    transport: &dyn Transport,
+    key: &PublicKey,
+    identity: Option<&Reference>,
+    digest: Digest,
+) -> Result<()> {
     let tag = cosign_tag(digest);
-    let Some(signatures) = image.tagged(&tag)? else { bail!("no signature: there is no {tag}") };
+    let Some(image) = transport.tagged(&tag)? else { bail!("no signature: there is no {tag}") };
+    let signatures = image.root()?;
     let manifest: ImageManifest = serde_json::from_slice(&signatures.bytes).with_context(|| tag.clone())?;
     let mut last = None;
     for (number, layer) in manifest.layers().iter().enumerate().take(MAX_SIGNATURES) {
@@ -237,7 +268,7 @@ fn cosigned(image: &Image, key: &PublicKey, identity: Option<&Reference>, digest
         let Some(signature) = signature else { continue };
         let good = || -> Result<()> {
             ensure!(layer.size() <= MAX_PAYLOAD, "longer than {MAX_PAYLOAD} bytes");
-            let payload = image.document(layer)?;
+            let payload = transport::document(&*image, layer)?;
             ensure!(key.verify(&payload, signature), "not made with this key");
             check(&payload, TYPES[1], identity, digest)
         };

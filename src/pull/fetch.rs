@@ -55,6 +55,8 @@ pub(super) struct Fetcher<'a> {
     pub(super) scratch: &'a Path,
     pub(super) progress: &'a Progress,
     pub(super) cancelled: AtomicBool,
+    /// What was in the cache was not right, and is not there any more.
+    pub(super) damaged: AtomicBool,
     blobs: Vec<(Descriptor, Digest, Blob)>,
     next: AtomicUsize,
     /// What went wrong first.
@@ -81,6 +83,7 @@ impl<'a> Fetcher<'a> {
             scratch,
             progress,
             cancelled: AtomicBool::new(false),
+            damaged: AtomicBool::new(false),
             blobs: blobs.collect::<Result<_>>()?,
             next: AtomicUsize::new(0),
             failed: Mutex::new(None),
@@ -121,24 +124,30 @@ impl<'a> Fetcher<'a> {
             let file = Arc::new(scratch_file(self.scratch)?);
             return self.download(descriptor, digest, blob, &file);
         };
-        loop {
-            match cache.entry(digest, &self.cancelled)? {
-                Entry::Whole(file) => {
-                    let found = Digest::of_reader(&file).context("cache")?;
-                    if found == (digest, descriptor.size()) {
-                        blob.change(|state| {
-                            (state.file, state.available) = (Some(Arc::new(file)), descriptor.size());
-                        });
-                        return Ok(());
-                    }
+        match cache.entry(digest, &self.cancelled)? {
+            Entry::Whole(file) => {
+                let (file, size) = (Arc::new(file), descriptor.size());
+                let right = if file.metadata()?.len() == size {
+                    // It is checked while it is unpacked.
+                    blob.change(|state| (state.file, state.available) = (Some(Arc::clone(&file)), size));
+                    let mut all = Hasher::new(io::sink());
+                    io::copy(&mut ReadAt { file: &file, pos: 0, end: size }, &mut all).context("cache")?;
+                    all.finish() == (digest, size)
+                } else {
+                    false
+                };
+                if !right {
                     tracing::warn!("layer {}: damaged in the cache: fetching it again", digest.oci());
                     cache.discard(digest, &file)?;
+                    self.damaged.store(true, Ordering::Relaxed);
+                    bail!("damaged in the cache");
                 }
-                Entry::Partial(file) => {
-                    let file = Arc::new(file);
-                    self.download(descriptor, digest, blob, &file)?;
-                    return cache.keep(digest, &file);
-                }
+                Ok(())
+            }
+            Entry::Partial(file) => {
+                let file = Arc::new(file);
+                self.download(descriptor, digest, blob, &file)?;
+                cache.keep(digest, &file)
             }
         }
     }

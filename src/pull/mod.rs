@@ -33,6 +33,7 @@ use self::fetch::Fetcher;
 pub use self::tree::Owners;
 use self::unpack::Unpacker;
 use crate::digest::{Digest, Hasher};
+use crate::oci::sign::Policy;
 use crate::progress::Progress;
 use crate::registry::Platform;
 use crate::transport::{self, Image, Transport};
@@ -83,11 +84,18 @@ struct RootFs {
     diff_ids: Vec<Digest>,
 }
 
-/// Unpacks the image at `transport` into `dir`.
-pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: &Progress) -> Result<Pulled> {
+/// Unpacks the image at `transport` into `dir`, if `policy` has nothing against it.
+pub fn pull(
+    transport: &dyn Transport,
+    dir: &Path,
+    options: &Options,
+    policy: &Policy,
+    progress: &Progress,
+) -> Result<Pulled> {
     // Before anything is fetched.
     check_dir(dir, options.force)?;
     let image = transport::image(transport, &options.platform)?;
+    policy.check("signature", transport, image.root.digest)?;
     let config = transport::document(transport, image.manifest.config()).context("configuration")?;
     // Of one from an index, the index says what it is for.
     if image.digest == image.root.digest
@@ -108,16 +116,26 @@ pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: 
         diff_ids.len()
     );
 
-    let staging = Staging::new(dir)?;
-    let mut unpacker = Unpacker::new(staging.fd.try_clone()?, options.owners, options.max_size)?;
-    let fetched = if transport.local() {
-        for (layer, diff_id) in layers.iter().zip(&diff_ids) {
-            let checked = Checked::new(transport.part(layer, 0, layer.size())?, layer)?;
-            unpacker.layer(checked, Some(*diff_id)).with_context(|| format!("layer {}", layer.digest()))?;
+    let mut attempts = layers.len() + 1;
+    let (staging, unpacker, fetched) = loop {
+        let staging = Staging::new(dir)?;
+        let mut unpacker = Unpacker::new(staging.fd.try_clone()?, options.owners, options.max_size)?;
+        if transport.local() {
+            for (layer, diff_id) in layers.iter().zip(&diff_ids) {
+                let checked = Checked::new(transport.part(layer, 0, layer.size())?, layer)?;
+                unpacker
+                    .layer(checked, Some(*diff_id))
+                    .with_context(|| format!("layer {}", layer.digest()))?;
+            }
+            break (staging, unpacker, 0);
         }
-        0
-    } else {
-        fetch_and_unpack(transport, &image, &diff_ids, &mut unpacker, staging.parent(), options, progress)?
+        attempts -= 1;
+        let scratch = staging.parent();
+        match fetch_and_unpack(transport, &image, &diff_ids, &mut unpacker, scratch, options, progress)? {
+            Some(fetched) => break (staging, unpacker, fetched),
+            // Each time there is less in the cache that may be damaged.
+            None => ensure!(attempts > 0, "the cache is damaged again and again"),
+        }
     };
     let notices = unpacker.finish()?;
     staging.publish(dir, options.force)?;
@@ -130,6 +148,8 @@ pub fn pull(transport: &dyn Transport, dir: &Path, options: &Options, progress: 
     Ok(Pulled { digest: image.digest, layers: layers.len(), fetched })
 }
 
+/// Gives how many layers were fetched; nothing where a damaged one was removed from the cache, after which all is to be
+/// done once more.
 fn fetch_and_unpack(
     transport: &dyn Transport,
     image: &Image,
@@ -138,7 +158,7 @@ fn fetch_and_unpack(
     scratch: &Path,
     options: &Options,
     progress: &Progress,
-) -> Result<usize> {
+) -> Result<Option<usize>> {
     let layers = image.manifest.layers();
     let cache = options.cache.as_ref();
     // What is there stays there: it takes a while until the last layer is read.
@@ -158,12 +178,16 @@ fn fetch_and_unpack(
         }
         unpacked
     });
+    let damaged = fetcher.damaged.load(Ordering::Relaxed);
     let (failed, fetched) = fetcher.finish();
+    if damaged {
+        return Ok(None);
+    }
     match (unpacked, failed) {
         // A layer that is wrong when unpacked may be so because it came wrong; that is the one to name then.
         (Err(e), Some(cause)) => Err(if cause.root_cause().to_string() == "given up" { e } else { cause }),
         (Err(e), None) | (Ok(()), Some(e)) => Err(e),
-        (Ok(()), None) => Ok(fetched),
+        (Ok(()), None) => Ok(Some(fetched)),
     }
 }
 

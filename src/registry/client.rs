@@ -342,6 +342,11 @@ impl Client {
         Ok((host, url))
     }
 
+    /// Where the registry has a blob of the repository of `reference`.
+    pub fn blob_location(&self, reference: &Reference, digest: Digest) -> Result<String> {
+        self.blob_url(&Access::pull(reference), digest).map(|(_, url)| url)
+    }
+
     fn blob_url(&self, access: &Access, digest: Digest) -> Result<(Arc<Host>, String)> {
         let host = self.host(&access.reference)?;
         let url = host.url(&format!("{}/blobs/{}", access.reference.repository(), digest.oci()))?;

@@ -37,7 +37,7 @@ impl fmt::Display for Found {
 }
 
 /// The name that images have for an architecture.
-fn image_arch(arch: &str) -> &str {
+pub fn image_arch(arch: &str) -> &str {
     match arch {
         "x86_64" => "amd64",
         "aarch64" => "arm64",

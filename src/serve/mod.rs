@@ -17,6 +17,7 @@ pub mod netboot;
 pub mod observe;
 pub mod page;
 pub mod releases;
+pub mod sysupdate;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use axum::routing::any;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
 use tokio::sync::{Semaphore, watch};
 use url::Url;
@@ -44,6 +46,19 @@ use releases::{Entry, Opened, Release, Releases};
 
 /// The longest path and query of a request, in bytes.
 const MAX_PATH: usize = 2048;
+
+/// What is answered here; all else belongs to the repositories of a registry.
+const OWN: [&str; 9] = [
+    "/",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/boot.ipxe",
+    "/boot/{*path}",
+    "/streams/{*path}",
+    "/prod/{*path}",
+    "/ignition/{*path}",
+];
 
 /// What is encoded in a component of a path.
 const PATH_SET: &AsciiSet =
@@ -72,6 +87,8 @@ pub struct Options {
     pub access_log: PathBuf,
     /// Limits of connections.
     pub limits: Limits,
+    /// What [`sysupdate::router`] gives, if it is wanted.
+    pub sysupdate: Option<Router>,
 }
 
 /// What all requests share.
@@ -87,7 +104,7 @@ struct App {
 }
 
 /// Serves `stores` until the process is told to end.
-pub fn run(stores: Vec<Arc<Store>>, options: &Options) -> Result<()> {
+pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
     let observer = Arc::new(Observer::new(metrics.clone(), &options.access_log)?);
     let cache = Cache::new(options.cache.clone(), options.cache_size, options.rehydrations, metrics.clone())?;
@@ -103,9 +120,13 @@ pub fn run(stores: Vec<Arc<Store>>, options: &Options) -> Result<()> {
         ignition: options.ignition.clone(),
         draining,
     });
-    let router = Router::new()
-        .fallback(answer)
+    let mut router = Router::new();
+    for path in OWN {
+        router = router.route(path, any(answer));
+    }
+    let router = router
         .with_state(app)
+        .merge(options.sysupdate.unwrap_or_default())
         .layer(axum::middleware::from_fn_with_state(observer, observe::observe));
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
     let served = runtime.block_on(async {

@@ -38,14 +38,22 @@ impl ClusterCodec for Frames {
         self.table.frame_size_decomp(id).unwrap_or(0) as u32
     }
 
-    fn decode(&self, id: u32) -> io::Result<Vec<u8>> {
+    fn quick(&self) -> bool {
+        true
+    }
+
+    fn decode(&self, id: u32, mut buffer: Vec<u8>) -> io::Result<Vec<u8>> {
         let start = self.table.frame_start_comp(id).map_err(io::Error::other)?;
         let len = self.table.frame_size_comp(id).map_err(io::Error::other)?;
         let mut packed = vec![0; len as usize];
         self.blob.read_at(start, &mut packed)?;
-        zstd::bulk::decompress(&packed, self.decoded_len(id) as usize).map_err(|e| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("zstd frame {id} of a blob: {e}"))
-        })
+        buffer.reserve_exact(self.decoded_len(id) as usize);
+        zstd::bulk::Decompressor::new()
+            .and_then(|mut zstd| zstd.decompress_to_buffer(&packed, &mut buffer))
+            .map_err(|e| {
+                io::Error::new(io::ErrorKind::InvalidData, format!("zstd frame {id} of a blob: {e}"))
+            })?;
+        Ok(buffer)
     }
 }
 

@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use rayon::prelude::*;
 
 use super::{Source, check_range};
+use crate::io::Buffers;
 
 /// One use of a cluster by a sequential reader: `len` bytes of it are the bytes at `at` of what is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,9 +49,14 @@ pub trait ClusterCodec: Send + Sync {
     /// The decoded length of cluster `id < count()`, in bytes, at most [`MAX_CLUSTER`]; known without decoding.
     fn decoded_len(&self, id: u32) -> u32;
 
+    /// Whether decoding takes so little time that no memory is worth keeping a cluster in until it is used again.
+    fn quick(&self) -> bool {
+        false
+    }
+
     /// Decodes cluster `id < count()` into exactly `decoded_len(id)` bytes. Pure but for reading the image; called
-    /// from several threads at once.
-    fn decode(&self, id: u32) -> io::Result<Vec<u8>>;
+    /// from several threads at once. `buffer` is empty and may become the result.
+    fn decode(&self, id: u32, buffer: Vec<u8>) -> io::Result<Vec<u8>>;
 }
 
 /// Where the bytes of an [`Extent`] come from.
@@ -201,11 +207,16 @@ pub struct Cache {
     changed: Condvar,
     /// Bytes that may be held.
     budget: u64,
+    buffers: Buffers,
 }
 
 /// One part in so many of the budget may always be held uncompressed, and so far ahead of the reader is decoded when
 /// there is no room for more.
 const HOT_SHARE: u64 = 4;
+
+/// So far ahead of the reader is decoded at most, in bytes of what it reads: enough for many cores, and no more memory
+/// than that where decoding is faster than the reader.
+const AHEAD: u64 = 64 << 20;
 
 /// zstd's fastest ordinary level: packs at 400 MB/s, unpacks at 1 GB/s, ten times as fast as LZMA decodes.
 const COLD_LEVEL: i32 = 1;
@@ -257,7 +268,13 @@ enum Data {
 impl Cache {
     /// A cache that holds at most `budget` bytes of decoded clusters, besides those being decoded.
     pub fn new(budget: u64) -> Arc<Self> {
-        Arc::new(Self { codecs: RwLock::default(), state: Mutex::default(), changed: Condvar::new(), budget })
+        Arc::new(Self {
+            codecs: RwLock::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            budget,
+            buffers: Buffers::default(),
+        })
     }
 
     fn register(&self, codec: Arc<dyn ClusterCodec>) -> u32 {
@@ -277,7 +294,7 @@ impl Cache {
     /// Decodes a cluster past the cache: for who needs each just once.
     pub fn decode(&self, key: Key) -> io::Result<Vec<u8>> {
         let codec = self.codec(key.source);
-        let bytes = codec.decode(key.cluster)?;
+        let bytes = codec.decode(key.cluster, self.buffers.take())?;
         if bytes.len() != codec.decoded_len(key.cluster) as usize {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -324,6 +341,7 @@ impl Cache {
                 let part = part.ok_or_else(|| short(u.key.cluster, bytes.len(), u.offset, u.len as usize))?;
                 file.write_all_at(part, u.at)?;
             }
+            self.buffers.give(bytes);
             io::Result::Ok(())
         })?;
         Ok(clusters.len())
@@ -383,6 +401,13 @@ impl Cache {
         }
     }
 
+    /// Takes back the buffer of a cluster that nobody reads any more.
+    fn reuse(&self, bytes: Arc<Vec<u8>>) {
+        if let Some(bytes) = Arc::into_inner(bytes) {
+            self.buffers.give(bytes);
+        }
+    }
+
     /// Packs and evicts until what is held is within the budget.
     fn shrink<'a>(&'a self, mut state: MutexGuard<'a, State>) {
         while state.held > self.budget {
@@ -392,6 +417,7 @@ impl Cache {
                 Some(Data::Hot(bytes)) if pack => {
                     drop(state);
                     let packed = zstd::bulk::compress(&bytes, COLD_LEVEL);
+                    self.reuse(bytes);
                     state = self.state();
                     match packed {
                         Ok(packed) => state.put(victim, Data::Cold(packed)),
@@ -448,13 +474,20 @@ impl Cache {
         while let Some(u) = state.plan.get(state.reader).filter(|u| u.at + u64::from(u.len) <= at) {
             let (key, next) = (u.key, state.next[state.reader]);
             state.reader += 1;
+            let far = state.plan.get(next).is_some_and(|u| u.at > at.saturating_add(AHEAD));
+            let keep = next != usize::MAX && !(far && self.codec(key.source).quick());
+            if !keep {
+                state.ahead = state.ahead.min(next);
+            }
             match state.entries.get_mut(&key) {
-                Some(entry) if next != usize::MAX => entry.next = next,
+                Some(entry) if keep => entry.next = next,
                 // Whoever is at it puts it back; it goes first then.
                 Some(entry @ Entry { data: Data::Busy, .. }) => entry.next = usize::MAX,
                 None => {}
                 Some(_) => {
-                    state.take(key);
+                    if let Some(Data::Hot(bytes)) = state.take(key) {
+                        self.reuse(bytes);
+                    }
                     state.entries.remove(&key);
                 }
             }
@@ -469,7 +502,7 @@ impl Cache {
         self.state().stats
     }
 
-    /// Decodes what the plan names, in its order, while there is room, until the plan ends.
+    /// Decodes what the plan names, in its order, not too far ahead and while there is room, until the plan ends.
     fn decode_ahead(&self) {
         let mut state = self.state();
         while !state.plan.is_empty() {
@@ -479,11 +512,12 @@ impl Cache {
             };
             let key = state.plan[i].key;
             let len = u64::from(self.codec(key.source).decoded_len(key.cluster));
-            // With room for it, any time; in the place of what is needed later, only what the reader is near to: the
-            // later something has to go, the better is known what is not needed.
-            let near = state.plan[i].at <= state.at.saturating_add(self.budget / HOT_SHARE);
-            let room = state.held + len <= self.budget
-                || near && state.farthest(|_| true).is_some_and(|k| state.entries[&k].next > i);
+            // In the place of what is needed later, only what the reader is nearer to: the later something has to go, the
+            // better is known what is not needed.
+            let within = |bytes| state.plan[i].at <= state.at.saturating_add(bytes);
+            let room = within(AHEAD) && state.held + len <= self.budget
+                || within(AHEAD.min(self.budget / HOT_SHARE))
+                    && state.farthest(|_| true).is_some_and(|k| state.entries[&k].next > i);
             if !room {
                 state = self.wait(state);
                 continue;

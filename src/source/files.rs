@@ -224,7 +224,7 @@ impl ClusterCodec for Codec {
         self.list[id as usize].decoded
     }
 
-    fn decode(&self, id: u32) -> io::Result<Vec<u8>> {
+    fn decode(&self, id: u32, _: Vec<u8>) -> io::Result<Vec<u8>> {
         self.list[id as usize].decode(&*self.image)
     }
 }

@@ -7,8 +7,9 @@ use anyhow::Result;
 use oci_spec::image::Descriptor;
 
 use super::files::Files;
-use super::{MAX_DOCUMENT, Manifest, Transport, media_type_of};
+use super::{MAX_DOCUMENT, Manifest, Transport, media_type_of, signature_file};
 use crate::digest::Digest;
+use crate::openpgp::MAX_SIGNATURE;
 
 /// An image in a directory of its own.
 pub(super) struct Dir(Files);
@@ -29,6 +30,14 @@ impl Transport for Dir {
         let digest: Digest = descriptor.digest().to_string().parse()?;
         let bytes = self.0.read(&format!("{digest}.manifest.json"), MAX_DOCUMENT)?;
         Ok(Manifest { media_type: descriptor.media_type().clone(), bytes, digest })
+    }
+
+    fn signature(&self, digest: Digest, number: usize) -> Result<Option<Vec<u8>>> {
+        // That of the image that the directory is of has no digest in its name.
+        let names = [format!("signature-{number}"), signature_file(digest, number)];
+        let own = self.root()?.digest == digest;
+        let name = names.iter().skip(usize::from(!own)).find(|name| self.0.has(name));
+        name.map(|name| self.0.read(name, MAX_SIGNATURE)).transpose()
     }
 
     fn part(&self, blob: &Descriptor, offset: u64, _len: u64) -> Result<Box<dyn Read + Send>> {

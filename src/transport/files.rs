@@ -108,6 +108,14 @@ impl Files {
         Ok(Part { file, pos: start + offset, end: start + len })
     }
 
+    /// Whether there is a file `name`.
+    pub(super) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Dir(dir) => dir.join(name).is_file(),
+            Self::Archive { members, .. } => members.contains_key(&clean(name.as_bytes())),
+        }
+    }
+
     /// All of the file `name`, of at most `limit` bytes.
     pub(super) fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();

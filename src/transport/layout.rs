@@ -9,8 +9,9 @@ use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
 use serde_json::Value;
 
 use super::files::Files;
-use super::{MAX_DOCUMENT, Manifest, Transport, belongs};
+use super::{MAX_DOCUMENT, Manifest, Transport, belongs, signature_file};
 use crate::digest::Digest;
+use crate::openpgp::MAX_SIGNATURE;
 
 /// The file that marks a layout and says its version.
 pub const LAYOUT: &str = "oci-layout";
@@ -111,6 +112,11 @@ impl Transport for Layout {
         let there = self.index()?.manifests().iter().any(|image| name(image).as_deref() == Some(tag));
         let image = || Box::new(Self { files: Arc::clone(&self.files), tag: Some(tag.into()) }) as _;
         Ok(there.then(image))
+    }
+
+    fn signature(&self, digest: Digest, number: usize) -> Result<Option<Vec<u8>>> {
+        let name = signature_file(digest, number);
+        self.files.has(&name).then(|| self.files.read(&name, MAX_SIGNATURE)).transpose()
     }
 
     fn part(&self, blob: &Descriptor, offset: u64, _len: u64) -> Result<Box<dyn Read + Send>> {

@@ -57,6 +57,11 @@ pub trait Transport: Send + Sync {
         Ok(None)
     }
 
+    /// An OpenPGP signature of the image `digest` that lies beside it, counted from 1, if there is one.
+    fn signature(&self, _digest: Digest, _number: usize) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
     /// Whether blobs are on this machine already, so that nothing is gained by keeping copies of them.
     fn local(&self) -> bool {
         true
@@ -148,6 +153,11 @@ pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>>
     let found = Digest::of(&bytes);
     ensure!(found == expected, "sha256 mismatch: expected {expected}, got {found}");
     Ok(bytes)
+}
+
+/// The file of an OpenPGP signature beside an image, as skopeo names it in a `dir:` for one image of several.
+pub fn signature_file(digest: Digest, number: usize) -> String {
+    format!("{digest}.signature-{number}")
 }
 
 /// Whether a tag is one of those under which something is found that belongs to an image, such as its signatures.

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::site::{Entry, Site, fails, rehydrator, text, tree};
-use crate::tools::{Nginx, noise};
+use crate::tools::{Nginx, noise, peak};
 
 /// Two versions of a dozen files of 100 KB, so slowly that a run takes about a second.
 fn slow() -> (Site, Nginx) {
@@ -136,24 +135,6 @@ fn two_at_once() {
     let output = first.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("26 new"), "{}", text(&output.stdout));
-}
-
-/// The most memory that a process has had in use, as the kernel counted.
-fn peak(mut child: Child) -> u64 {
-    let mut peak = 0;
-    loop {
-        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-        if let Some(kib) = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok()) {
-            peak = peak.max(kib << 10);
-        }
-        if child.try_wait().unwrap().is_some() {
-            let output = child.wait_with_output().unwrap();
-            assert!(output.status.success(), "{}", text(&output.stderr));
-            return peak;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

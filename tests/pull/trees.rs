@@ -215,7 +215,11 @@ fn trees_are_those_of_umoci_and_podman() {
     // The same tree from wherever it comes, and however it is compressed.
     let zstd = format!("oci:{}:zstd", at("layout").display());
     copy(&["--dest-compress", "--dest-compress-format=zstd"], &stored, &zstd);
-    let mut places = vec![zstd];
+    let chunked = format!("oci:{}", at("chunked").display());
+    copy(&["--dest-compress", "--dest-compress-format=zstd:chunked"], &stored, &chunked);
+    let raw = ok(tool("skopeo").args(["inspect", "--raw", &chunked]));
+    assert!(String::from_utf8_lossy(&raw).contains("zstd-chunked.manifest-checksum"));
+    let mut places = vec![zstd, chunked];
     for (transport, name) in [("oci-archive", "oci.tar"), ("docker-archive", "docker.tar"), ("dir", "dir")] {
         let reference = format!("{transport}:{}", at(name).display());
         copy(

@@ -7,4 +7,10 @@
 mod client;
 mod common;
 mod image;
+mod many;
+#[path = "../tools/release.rs"]
+mod release;
 mod server;
+#[path = "../tools/mod.rs"]
+mod tools;
+mod trust;

@@ -1,0 +1,158 @@
+//! Gives every client a `SHA256SUMS` and a `SHA256SUMS.gpg` that fit.
+//!
+//! The two are asked for by separate requests, one after the other or both at once, on one connection or two; nothing in
+//! them says that they belong together but who asks. So it is counted by client how many of either it got from the
+//! listing it has. While a half is missing, the client stays with that listing: the other half comes from it, however
+//! many tags have been pushed meanwhile. A request that would begin another pair with the old listing waits until those
+//! that were begun are whole, so that a client that asks without a pause gets to the new listing too.
+//!
+//! A client that never asks for signatures never makes a pair whole: it is not waited for after [`WAIT`], and what it
+//! began more than [`OPEN`] ago does not count.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+/// Time after which the other half of a pair is not expected any more.
+const OPEN: Duration = Duration::from_secs(30);
+
+/// The longest that a request waits for pairs to become whole.
+const WAIT: Duration = Duration::from_secs(10);
+
+/// How long after its last pair a client gets the files of the listing it has.
+const FILES: Duration = Duration::from_secs(15 * 60);
+
+/// The most clients of a repository that are remembered.
+const MAX_CLIENTS: usize = 10_000;
+
+/// One of the two, or the first where there is no second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Half {
+    Sums,
+    Signature,
+    Alone,
+}
+
+/// What the clients of a repository have got. `L` is a listing.
+pub(super) struct Pairs<L> {
+    clients: Mutex<HashMap<String, Pair<L>>>,
+    /// A pair has become whole.
+    whole: Notify,
+    wait: Duration,
+}
+
+struct Pair<L> {
+    listing: Arc<L>,
+    /// So many more sums than signatures of it were given.
+    open: i64,
+    last: Instant,
+}
+
+impl<L> Default for Pairs<L> {
+    fn default() -> Self {
+        Self { clients: Mutex::default(), whole: Notify::new(), wait: WAIT }
+    }
+}
+
+impl<L> Pairs<L> {
+    /// The listing that `client` gets this half of, `current` if possible.
+    pub(super) async fn choose(&self, client: &str, current: Arc<L>, half: Half) -> Arc<L> {
+        let step = match half {
+            Half::Sums => 1,
+            Half::Signature => -1,
+            Half::Alone => 0,
+        };
+        let deadline = Instant::now() + self.wait;
+        loop {
+            let waiting = {
+                let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+                let now = Instant::now();
+                if clients.len() >= MAX_CLIENTS && !clients.contains_key(client) {
+                    clients.retain(|_, pair| pair.last + OPEN > now);
+                    if clients.len() >= MAX_CLIENTS {
+                        return current;
+                    }
+                }
+                let pair = clients.entry(client.to_owned()).or_insert_with(|| Pair {
+                    listing: current.clone(),
+                    open: 0,
+                    last: now,
+                });
+                if pair.last + OPEN <= now {
+                    pair.open = 0;
+                }
+                let mut same = Arc::ptr_eq(&pair.listing, &current);
+                if !same && (pair.open == 0 || now >= deadline) {
+                    (pair.listing, pair.open, same) = (current.clone(), 0, true);
+                }
+                if same || pair.open.signum() == -step {
+                    pair.open += step;
+                    pair.last = now;
+                    if pair.open == 0 {
+                        self.whole.notify_waiters();
+                    }
+                    return pair.listing.clone();
+                }
+                self.whole.notified()
+            };
+            let _ = tokio::time::timeout_at(deadline.into(), waiting).await;
+        }
+    }
+
+    /// Whether anybody has got anything.
+    pub(super) fn is_used(&self) -> bool {
+        !self.clients.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// The listing that `client` has got not long ago.
+    pub(super) fn of(&self, client: &str) -> Option<Arc<L>> {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let pair = clients.get(client).filter(|pair| pair.last.elapsed() < FILES)?;
+        Some(pair.listing.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Half::{Signature, Sums};
+    use super::*;
+
+    #[tokio::test]
+    async fn both_halves_are_of_one_listing() {
+        let pairs = Pairs::default();
+        let (old, new) = (Arc::new(1), Arc::new(2));
+        for (first, second) in [(Sums, Signature), (Signature, Sums)] {
+            assert_eq!(*pairs.choose("a", old.clone(), first).await, 1);
+            assert_eq!(*pairs.choose("b", new.clone(), first).await, 2);
+            assert_eq!(*pairs.choose("a", new.clone(), second).await, 1);
+            assert_eq!(pairs.of("a").as_deref(), Some(&1));
+            assert_eq!(*pairs.choose("a", new.clone(), first).await, 2);
+            assert_eq!(*pairs.choose("a", new.clone(), second).await, 2);
+            assert_eq!(*pairs.choose("b", new.clone(), second).await, 2);
+        }
+        assert!(pairs.of("c").is_none());
+    }
+
+    #[tokio::test]
+    async fn who_begins_a_pair_waits_for_those_before() {
+        let pairs = Arc::new(Pairs::default());
+        let (old, new) = (Arc::new(1), Arc::new(2));
+        pairs.choose("a", old.clone(), Sums).await;
+        let (waits, current) = (pairs.clone(), new.clone());
+        let waiting = tokio::spawn(async move { *waits.choose("a", current, Sums).await });
+        tokio::task::yield_now().await;
+        assert_eq!(*pairs.choose("a", new.clone(), Signature).await, 1);
+        assert_eq!(waiting.await.unwrap(), 2);
+        assert_eq!(*pairs.choose("a", new, Signature).await, 2);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_who_takes_no_signatures() {
+        let pairs = Pairs { wait: Duration::ZERO, ..Pairs::default() };
+        let (old, new) = (Arc::new(1), Arc::new(2));
+        pairs.choose("a", old, Sums).await;
+        assert_eq!(*pairs.choose("a", new, Sums).await, 2);
+    }
+}
