@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use axum::extract::ConnectInfo;
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -148,14 +149,12 @@ impl Listeners {
                 Address::Tcp(address) => {
                     let at = || format!("cannot listen on {address}");
                     let listener = std::net::TcpListener::bind(address).with_context(at)?;
-                    tracing::info!("listening on {}", listener.local_addr().with_context(at)?);
                     tcp(listener).with_context(at)?
                 }
                 Address::Unix(path) => {
                     let at = || format!("cannot listen on {}", path.display());
                     remove_stale(path);
                     let listener = UnixListener::bind(path).with_context(at)?;
-                    tracing::info!("listening on {}", path.display());
                     files.push(RemoveSocket(path.clone()));
                     Listener::Unix(listener)
                 }
@@ -298,12 +297,11 @@ impl Accepting {
             let accepted = match &self.socket {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
                     let _ = stream.set_nodelay(true);
-                    (Box::new(stream) as Box<dyn Io>, peer.to_string())
+                    (Box::new(stream) as Box<dyn Io>, Some(peer))
                 }),
-                Listener::Unix(unix) => unix
-                    .accept()
-                    .await
-                    .map(|(stream, _)| (Box::new(stream) as Box<dyn Io>, "unix".to_owned())),
+                Listener::Unix(unix) => {
+                    unix.accept().await.map(|(stream, _)| (Box::new(stream) as Box<dyn Io>, None))
+                }
             };
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
@@ -316,12 +314,18 @@ impl Accepting {
             };
             let config =
                 self.tls.as_ref().map(|tls| tls.now.read().unwrap_or_else(PoisonError::into_inner).clone());
-            let (router, limits, watcher) = (self.router.clone(), self.limits.clone(), graceful.watcher());
+            let router = match peer {
+                Some(peer) => self.router.clone().layer(Extension(ConnectInfo(peer))),
+                None => self.router.clone(),
+            };
+            let (limits, watcher) = (self.limits.clone(), graceful.watcher());
             let metrics = self.metrics.clone();
             tokio::spawn(async move {
                 metrics.connections.add(1);
                 let stream = Timed { inner: stream, limit: limits.timeout, waiting: None };
-                let connection = Arc::new(Connection::new(peer));
+                let connection = Arc::new(Connection::new(
+                    peer.map_or_else(|| "unix".to_owned(), |peer| peer.to_string()),
+                ));
                 match config {
                     None => converse(stream, router, &limits, connection, watcher).await,
                     Some(config) => {
