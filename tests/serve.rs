@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use common::{ok, rehydrator};
 use rehydrator::digest::Digest;
-use rehydrator::recipe::{Index, SourceSpec};
+use rehydrator::recipe::{Index, SourceSpec, Tier};
 use serde_json::{Value, json};
 use small::{Random, sh, small_stream};
 use tempfile::TempDir;
@@ -49,6 +49,7 @@ fn write_live(dir: &Path) {
     for (i, file) in files.iter().enumerate() {
         let mut artifact = release::artifact("x86_64", "metal", file, i, release::blob_of(&blobs[i]));
         artifact.published = artifact.output.clone();
+        artifact.tier = Tier::Published;
         let location = format!("https://example.invalid/{}", artifact.output.name);
         let entry = json!({ "location": location, "sha256": artifact.output.blob.sha256 });
         match file.split_once('.').unwrap() {
@@ -82,7 +83,13 @@ impl Serve {
         }
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-        let line = lines.find(|line| line.contains("listening on ")).expect("it does not listen");
+        let line = lines.find(|line| {
+            line.contains("listening on ") || {
+                eprintln!("{line}");
+                false
+            }
+        });
+        let line = line.expect("it does not listen");
         let scheme = if args.contains(&"--tls-cert") { "https" } else { "http" };
         let url = format!("{scheme}://{}", line.rsplit_once(' ').unwrap().1);
         std::thread::spawn(move || lines.for_each(|line| eprintln!("{line}")));
@@ -103,7 +110,7 @@ impl Serve {
         let (path, args) = args.split_last().unwrap();
         let mut command = Command::new("curl");
         command
-            .args(["-sS", "--max-time", "60", "--path-as-is"])
+            .args(["-sS", "--max-time", "60", "--path-as-is", "--globoff"])
             .args(args)
             .arg(format!("{}{path}", self.url));
         command.output().expect("curl is needed: install curl")
@@ -414,7 +421,8 @@ fn hostile_requests() {
         let shown = || String::from_utf8_lossy(&request[..request.len().min(200)]).into_owned();
         assert!(!code.starts_with('5') || code == "505", "{answer}: {}", shown());
     }
-    for path in &paths {
+    // As curl sends them, which refuses blanks.
+    for path in paths.iter().filter(|path| !path.contains(' ')) {
         let (code, _) = serve.head(&[path]);
         assert!(matches!(code, 200 | 400 | 404 | 414), "{path:.100}: {code}");
     }

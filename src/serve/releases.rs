@@ -21,6 +21,7 @@ use super::metrics::Metrics;
 use crate::catalog::{Catalog, SIGNATURE};
 use crate::mirror::release::{relocate, version_of};
 use crate::mirror::version::{check_name, compare};
+use crate::produce::Check;
 use crate::progress::Progress;
 use crate::recipe::{Artifact, NamedFile, Tier};
 use crate::rehydrate::Rehydrator;
@@ -296,7 +297,13 @@ impl Entry {
             let artifact = &own.artifacts()[i];
             own.write_out_bases(artifact, &of_job)?;
             let _alone = own.making.lock().unwrap_or_else(PoisonError::into_inner);
-            own.rehydrator.write(artifact, form, true, &Progress::new(crate::progress::Mode::None), out)
+            own.rehydrator.write(
+                artifact,
+                form,
+                Check::Quick,
+                &Progress::new(crate::progress::Mode::None),
+                out,
+            )
         });
         match made {
             Ok(made) => Ok(Opened::Content(Content::Made(made))),
