@@ -282,6 +282,14 @@ pub struct Data {
     pub from_cache: u64,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
+    pub images: Images,
+}
+
+/// How images are read: from what registries, and with what signatures.
+#[derive(Clone, Debug, Args)]
+pub struct Images {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
     pub signed: Signed,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
@@ -421,10 +429,7 @@ pub struct Pull {
     pub max_size: Option<u64>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
-    pub signed: Signed,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
+    pub images: Images,
 }
 
 /// Options of `purge`.
@@ -465,10 +470,7 @@ pub struct MirrorImage {
     pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
-    pub signed: Signed,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
+    pub images: Images,
 }
 
 /// Options of `mirror images`.
@@ -481,10 +483,7 @@ pub struct MirrorImages {
     pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
-    pub signed: Signed,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
+    pub images: Images,
 }
 
 /// Parses `OS/ARCH` or `OS/ARCH/VARIANT`.
@@ -582,7 +581,8 @@ pub struct Serve {
     /// 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     pub listen: Vec<Address>,
-    /// A dehydrated directory to serve; may be repeated [default: /srv/dehydrated, if no image is named either]
+    /// A dehydrated directory to serve; may be repeated [default: /srv/dehydrated, unless --from or --registry names
+    /// something to serve]
     #[arg(long, env = "REHYDRATOR_DATA", value_name = "DIR")]
     pub data: Vec<PathBuf>,
     /// An image to serve, as after --from of rehydrate; may be repeated
@@ -593,7 +593,7 @@ pub struct Serve {
     pub from_cache: u64,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
-    pub signed: Signed,
+    pub images: Images,
     /// Certificate of the server and of its authorities, in PEM; read again on SIGHUP
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
@@ -633,9 +633,6 @@ pub struct Serve {
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub sysupdate: SysupdateArgs,
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "flattened")]
-    pub registry: RegistryArgs,
 }
 
 /// How disk images of a registry are offered to systemd-sysupdate.

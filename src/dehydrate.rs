@@ -586,13 +586,5 @@ fn push(specs: &mut Vec<SourceSpec>, spec: SourceSpec) -> usize {
 
 /// Checks a published file against the stream metadata.
 fn ensure_published(item: &Item, found: &Blob) -> Result<()> {
-    ensure!(
-        found.sha256 == item.sha256,
-        "artifact {}: {}: sha256 mismatch: expected {}, got {}",
-        item.label(),
-        item.name,
-        item.sha256,
-        found.sha256
-    );
-    Ok(())
+    found.sha256.must_be(item.sha256).with_context(|| format!("artifact {}: {}", item.label(), item.name))
 }

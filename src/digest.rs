@@ -44,6 +44,11 @@ impl Digest {
         }
     }
 
+    /// An error unless this digest, which was found, is the one that was expected.
+    pub fn must_be(self, expected: Self) -> Result<(), Mismatch> {
+        if self == expected { Ok(()) } else { Err(Mismatch { expected, found: self }) }
+    }
+
     /// `sha256:…`, as container images write it.
     pub fn oci(&self) -> String {
         format!("sha256:{self}")
@@ -59,6 +64,20 @@ impl fmt::Display for Digest {
 impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// Bytes that are not the ones they should be.
+#[derive(Debug, thiserror::Error)]
+#[error("sha256 mismatch: expected {expected}, got {found}")]
+pub struct Mismatch {
+    expected: Digest,
+    found: Digest,
+}
+
+impl From<Mismatch> for io::Error {
+    fn from(mismatch: Mismatch) -> Self {
+        Self::new(io::ErrorKind::InvalidData, mismatch)
     }
 }
 

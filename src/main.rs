@@ -192,9 +192,9 @@ fn image_at(
 
 /// The image that `data` names, if any.
 fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
-    let policy = policy(&data.signed)?;
+    let policy = policy(&data.images.signed)?;
     ensure_about_image(data.from.is_some(), &policy)?;
-    data.from.as_ref().map(|from| image_at(from, &policy, &data.registry, data.from_cache)).transpose()
+    data.from.as_ref().map(|from| image_at(from, &policy, &data.images.registry, data.from_cache)).transpose()
 }
 
 /// Otherwise nothing would be checked where a check was asked for.
@@ -213,11 +213,11 @@ fn open(data: &cli::Data) -> Result<Arc<Store>> {
 
 fn run_serve(args: cli::Serve) -> Result<()> {
     let sysupdate = sysupdate(&args)?;
-    let policy = policy(&args.signed)?;
+    let policy = policy(&args.images.signed)?;
     ensure_about_image(!args.from.is_empty(), &policy)?;
     let mut stores = Vec::new();
     for from in &args.from {
-        stores.push(Arc::new(image_at(from, &policy, &args.registry, args.from_cache)?.store()?));
+        stores.push(Arc::new(image_at(from, &policy, &args.images.registry, args.from_cache)?.store()?));
     }
     let mut data = args.data;
     if data.is_empty() && args.from.is_empty() && sysupdate.is_none() {
@@ -260,7 +260,7 @@ fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
     let signer = sign_key.as_deref().map(|path| Signer::read(path, passphrase.as_deref())).transpose()?;
     let options = serve::sysupdate::Options {
         registry: registry.clone(),
-        client: args.registry.options(),
+        client: args.images.registry.options(),
         signer,
         redirect: *redirect,
         ttl: *ttl,
@@ -382,13 +382,13 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
                 referrers: args.referrers,
                 dry_run: args.dry_run,
             };
-            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
+            let copier = Copier::new(args.images.registry.options(), policy(&args.images.signed)?, progress);
             let copied = copier.copy(&args.source, &args.destination, &options)?;
             Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
         }
         Mirror::Images(args) => {
             let config = copy::config::Config::read(&args.config)?;
-            let copier = Copier::new(args.registry.options(), policy(&args.signed)?, progress);
+            let copier = Copier::new(args.images.registry.options(), policy(&args.images.signed)?, progress);
             copy::images(&config, &copier, args.dry_run, |image, copied| {
                 // Whoever stopped reading it, still wants the images.
                 let line = copied_line(&image.source, &image.destination, copied);
@@ -445,8 +445,8 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         },
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
-    let transport = transport::open(&args.reference, args.registry.options())?;
-    let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.signed)?, progress)
+    let transport = transport::open(&args.reference, args.images.registry.options())?;
+    let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.images.signed)?, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);
     Ok(writeln!(out, "{}", pulled.digest.oci())?)

@@ -171,7 +171,12 @@ fn zstd_of_many_settings() {
         assert!(map.to_bytes().len() < 100, "{command}: a map of {}", map.to_bytes().len());
     }
     // What another version or other settings make.
-    sh(dir, "TRIXIE -c --zstd=strategy=1 plain > odd.zst".replace("TRIXIE", &trixie("zstd")).as_str());
+    sh(
+        dir,
+        "head -c 100000 plain | TRIXIE -c --zstd=strategy=1 > odd.zst"
+            .replace("TRIXIE", &trixie("zstd"))
+            .as_str(),
+    );
     assert_eq!(made_again(dir, "odd.zst").unwrap_err(), "no level of zstd 1.5.7 makes it");
 }
 

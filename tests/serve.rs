@@ -6,14 +6,17 @@
 mod common;
 #[path = "tools/release.rs"]
 mod release;
+#[path = "tools/serving.rs"]
+mod serving;
 #[path = "tools/small.rs"]
 mod small;
 
+use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -21,6 +24,7 @@ use common::{ok, rehydrator};
 use rehydrator::digest::Digest;
 use rehydrator::recipe::{Index, SourceSpec, Tier};
 use serde_json::{Value, json};
+use serving::Serving;
 use small::{Random, sh, small_stream};
 use tempfile::TempDir;
 
@@ -65,9 +69,9 @@ fn write_live(dir: &Path) {
     release::write(dir, stream.to_string().as_bytes(), artifacts, sources, &blobs);
 }
 
-/// The program as it serves, ended when dropped.
+/// The program as it serves.
 struct Serve {
-    child: Child,
+    serving: Serving,
     url: String,
     dir: TempDir,
 }
@@ -75,25 +79,13 @@ struct Serve {
 impl Serve {
     fn start(data: &[&Path], args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rehydrator"));
-        command.args(["serve", "--listen=127.0.0.1:0"]).args(args);
-        command.arg("--access-log").arg(dir.path().join("log")).arg("--cache").arg(dir.path());
-        for data in data {
-            command.arg("--data").arg(data);
-        }
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-        let line = lines.find(|line| {
-            line.contains("listening on ") || {
-                eprintln!("{line}");
-                false
-            }
-        });
-        let line = line.expect("it does not listen");
+        let mut all: Vec<OsString> = args.iter().map(Into::into).collect();
+        all.extend(["--access-log".into(), dir.path().join("log").into()]);
+        all.extend(["--cache".into(), dir.path().into()]);
+        all.extend(data.iter().flat_map(|data| ["--data".into(), data.into()]));
+        let serving = Serving::start(all);
         let scheme = if args.contains(&"--tls-cert") { "https" } else { "http" };
-        let url = format!("{scheme}://{}", line.rsplit_once(' ').unwrap().1);
-        std::thread::spawn(move || lines.for_each(|line| eprintln!("{line}")));
-        Self { child, url, dir }
+        Self { url: format!("{scheme}://{}", serving.address), serving, dir }
     }
 
     fn both() -> Self {
@@ -102,7 +94,7 @@ impl Serve {
     }
 
     fn address(&self) -> &str {
-        self.url.split_once("://").unwrap().1
+        &self.serving.address
     }
 
     /// What curl says and gets with these arguments, the last of which is a path.
@@ -135,14 +127,7 @@ impl Serve {
     }
 
     fn signal(&self, name: &str) {
-        sh(Path::new("/"), &format!("kill -{name} {}", self.child.id()));
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        sh(Path::new("/"), &format!("kill -{name} {}", self.serving.child.id()));
     }
 }
 
@@ -238,7 +223,17 @@ fn what_is_damaged_is_not_taken_for_whole() {
         assert!(!output.status.success(), "{path}");
         assert!(output.stdout.len() < 3_000_000, "{path}: all of it came");
     }
-    assert!(serve.text("/metrics").contains("rehydrator_"));
+    // Who watches the server sees it.
+    let metrics = serve.text("/metrics");
+    let count = |name: &str| -> u64 {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&format!("rehydrator_{name} ")));
+        line.unwrap_or_else(|| panic!("{name}: {metrics}")).parse().unwrap()
+    };
+    assert_eq!(
+        count("digest_mismatches_total") + count("rehydrations_total{result=\"failed\"}"),
+        4,
+        "{metrics}"
+    );
     assert_eq!(serve.text("/healthz"), "ok\n");
 }
 
@@ -455,7 +450,7 @@ fn slow_clients_and_many() {
             .read_to_end(&mut Vec::new())
             .map_err(|e| assert_ne!(e.kind(), std::io::ErrorKind::WouldBlock));
     }
-    let status = fs::read_to_string(format!("/proc/{}/status", serve.child.id())).unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", serve.serving.child.id())).unwrap();
     let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap().trim().trim_end_matches(" kB");
     let peak: u64 = peak.parse().unwrap();
     assert!(peak < 512 << 10, "{peak} KiB");
@@ -516,6 +511,6 @@ fn tls_sockets_and_the_end() {
     out.read_to_end(&mut bytes).unwrap();
     assert!(download.wait().unwrap().success());
     assert_eq!(Digest::of(&bytes), digest);
-    assert!(serve.child.wait().unwrap().success());
+    assert!(serve.serving.child.wait().unwrap().success());
     assert!(!Path::new(&socket).exists());
 }

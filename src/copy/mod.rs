@@ -282,8 +282,7 @@ impl<'a> Copier<'a> {
                     let mut hasher = Hasher::new(&mut out);
                     io::copy(&mut task.reader(content), &mut hasher)?;
                     let (found, _) = hasher.finish();
-                    ensure!(found == *digest, "blob: sha256 mismatch: expected {digest}, got {found}");
-                    Ok(())
+                    found.must_be(*digest).context("blob")
                 })?;
                 ensure!(found.size() == blob.size(), "blob {digest}: expected {} bytes", blob.size());
                 task.finish();

@@ -173,8 +173,7 @@ impl Proof {
 
 fn check_sha256(path: &Path, expected: Digest) -> Result<()> {
     let (found, _) = File::open(path).and_then(Digest::of_reader).context("read failed")?;
-    ensure!(found == expected, "sha256 mismatch: expected {expected}, got {found}");
-    Ok(())
+    Ok(found.must_be(expected)?)
 }
 
 /// A SHA-512 digest, in lower-case hex: what `DIGESTS` files have.

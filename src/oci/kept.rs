@@ -135,13 +135,7 @@ impl Kept {
 }
 
 pub(super) fn matches(found: Digest, expected: Option<Digest>) -> io::Result<()> {
-    match expected {
-        Some(expected) if expected != found => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("sha256 mismatch: expected {expected}, got {found}"),
-        )),
-        _ => Ok(()),
-    }
+    Ok(expected.map_or(Ok(()), |expected| found.must_be(expected))?)
 }
 
 /// A file that was fetched, of which pieces may have to be fetched again.

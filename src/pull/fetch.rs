@@ -172,10 +172,10 @@ impl<'a> Fetcher<'a> {
         let found = self.transfer(descriptor, file, 0, &task, |available| {
             blob.change(|state| state.available = available);
         })?;
-        if found != digest {
+        if let Err(mismatch) = found.must_be(digest) {
             // Nothing to go on with.
             file.set_len(0)?;
-            bail!("sha256 mismatch: expected {digest}, got {found}");
+            return Err(mismatch.into());
         }
         task.finish();
         Ok(())

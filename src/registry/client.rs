@@ -203,13 +203,7 @@ impl Client {
         // One that names no sha256 digest says nothing that could be checked.
         let claimed = claimed.and_then(|text| text.starts_with("sha256:").then(|| text.parse().ok())?);
         if let Some(expected) = reference.digest().or(claimed) {
-            ensure!(
-                digest == expected,
-                "{}: manifest: digest mismatch: expected {}, got {}",
-                at(),
-                expected.oci(),
-                digest.oci()
-            );
+            digest.must_be(expected).with_context(|| format!("{}: manifest", at()))?;
         }
         let kind = kind.as_deref().and_then(|kind| kind.split(';').next()).map(str::trim).unwrap_or_default();
         Ok(Manifest { media_type: media_type(kind, &bytes), bytes, digest })
@@ -232,13 +226,7 @@ impl Client {
         let found = host.http.retried(Method::HEAD, &url, ask).with_context(at)?;
         let found = found.map_or_else(|| Ok(self.manifest(reference)?.digest), anyhow::Ok)?;
         if let Some(expected) = reference.digest() {
-            ensure!(
-                found == expected,
-                "{}: digest mismatch: expected {}, got {}",
-                at(),
-                expected.oci(),
-                found.oci()
-            );
+            found.must_be(expected).with_context(at)?;
         }
         Ok(found)
     }
@@ -705,14 +693,13 @@ impl Read for BlobReader {
                 self.answer = None;
                 if let Some((hasher, expected)) = self.check.take() {
                     let (found, _) = hasher.finish();
-                    if found != expected {
+                    if let Err(mismatch) = found.must_be(expected) {
                         // Whoever reads on gets an error again, and no end.
                         self.check = Some((Hasher::new(io::sink()), expected));
-                        let (expected, found) = (expected.oci(), found.oci());
-                        let what = format!("{}: blob {expected}", self.access.reference.name());
+                        let what = format!("{}: blob {}", self.access.reference.name(), expected.oci());
                         return Err(io::Error::new(
                             io::ErrorKind::InvalidData,
-                            format!("{what}: digest mismatch: expected {expected}, got {found}"),
+                            format!("{what}: {mismatch}"),
                         ));
                     }
                 }

@@ -170,11 +170,8 @@ fn read(content: &Content, pos: u64, until: u64, hash: Option<Hasher<io::Sink>>,
         return Ok((bytes.into(), Some(hash)));
     }
     let (found, _) = hash.finish();
-    match content {
-        Content::Live(_, expected) if *expected != found => {
-            let what = format!("sha256 mismatch: expected {expected}, got {found}");
-            Err(io::Error::new(io::ErrorKind::InvalidData, what))
-        }
-        _ => Ok((bytes.into(), None)),
+    if let Content::Live(_, expected) = content {
+        found.must_be(*expected)?;
     }
+    Ok((bytes.into(), None))
 }

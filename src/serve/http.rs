@@ -37,8 +37,10 @@ pub fn say(status: StatusCode, text: impl Into<String>) -> Response<Body> {
 /// What a request wants of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// All or part of its bytes, or only their headers.
-    Bytes(Range<u64>),
+    /// All of its bytes, or only its headers.
+    All,
+    /// These of its bytes, which may be all.
+    Part(Range<u64>),
     /// Nothing: the client has it.
     NotModified,
     /// Bytes that it does not have.
@@ -69,15 +71,24 @@ impl File<'_> {
         if get(header::IF_NONE_MATCH).is_some_and(|list| listed(list, true)) {
             return Wanted::NotModified;
         }
-        let all = Wanted::Bytes(0..self.size);
         // A date is none of ours.
         if method != Method::GET || get(header::IF_RANGE).is_some_and(|tag| tag.trim() != etag) {
-            return all;
+            return Wanted::All;
         }
         match get(header::RANGE).and_then(|range| parse_range(range, self.size)) {
-            None => all,
+            None => Wanted::All,
             Some(None) => Wanted::Unsatisfiable,
-            Some(Some(range)) => Wanted::Bytes(range),
+            Some(Some(range)) => Wanted::Part(range),
+        }
+    }
+
+    /// The bytes that an answer is to have in its body, if it has one.
+    pub fn body(&self, method: &Method, wanted: &Wanted) -> Option<Range<u64>> {
+        match wanted {
+            _ if method != Method::GET => None,
+            Wanted::All => Some(0..self.size),
+            Wanted::Part(range) => Some(range.clone()),
+            _ => None,
         }
     }
 
@@ -106,25 +117,25 @@ impl File<'_> {
                 set(header::CONTENT_RANGE, format!("bytes */{}", self.size));
                 StatusCode::RANGE_NOT_SATISFIABLE
             }
-            Wanted::Bytes(range) => {
-                set(header::CONTENT_TYPE, self.media_type.into());
-                set(header::CONTENT_LENGTH, (range.end - range.start).to_string());
-                if let Some(name) = self.name {
-                    set(header::CONTENT_DISPOSITION, disposition(name));
-                }
-                let part = *range != (0..self.size);
-                if part {
-                    set(
-                        header::CONTENT_RANGE,
-                        format!("bytes {}-{}/{}", range.start, range.end - 1, self.size),
-                    );
-                }
-                if part { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK }
+            Wanted::All => {
+                set(header::CONTENT_LENGTH, self.size.to_string());
+                StatusCode::OK
+            }
+            Wanted::Part(Range { start, end }) => {
+                set(header::CONTENT_LENGTH, (end - start).to_string());
+                set(header::CONTENT_RANGE, format!("bytes {start}-{}/{}", end - 1, self.size));
+                StatusCode::PARTIAL_CONTENT
             }
         };
+        if status.is_success() {
+            set(header::CONTENT_TYPE, self.media_type.into());
+            if let Some(name) = self.name {
+                set(header::CONTENT_DISPOSITION, disposition(name));
+            }
+        }
         *response.status_mut() = status;
-        if let (Wanted::Bytes(range), &Method::GET) = (wanted, method) {
-            *response.body_mut() = body(range.clone());
+        if let Some(range) = self.body(method, wanted) {
+            *response.body_mut() = body(range);
         }
         response
     }
@@ -201,5 +212,23 @@ mod tests {
             assert_eq!(parse_range(text, 10), range, "{text}");
         }
         assert_eq!(parse_range("bytes=0-", 0), Some(None));
+    }
+
+    #[test]
+    fn conditions() {
+        let digest = Digest::of(b"x");
+        let file = File { name: None, media_type: "text/plain", size: 2, digest };
+        let wanted = |lines: &[(header::HeaderName, String)]| {
+            let headers = lines.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
+            file.wanted(&Method::GET, &headers)
+        };
+        let (same, other) = (format!("\"{digest}\""), "\"y\"".to_owned());
+        let range = || (header::RANGE, "bytes=1-".to_owned());
+        assert_eq!(wanted(&[range(), (header::IF_RANGE, same.clone())]), Wanted::Part(1..2));
+        assert_eq!(wanted(&[range(), (header::IF_RANGE, other.clone())]), Wanted::All);
+        let list = format!("{other}, W/{same}");
+        assert_eq!(wanted(&[range(), (header::IF_NONE_MATCH, list.clone())]), Wanted::NotModified);
+        assert_eq!(wanted(&[(header::IF_MATCH, list)]), Wanted::Failed);
+        assert_eq!(wanted(&[(header::IF_MATCH, same)]), Wanted::All);
     }
 }

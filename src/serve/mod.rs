@@ -100,6 +100,7 @@ struct App {
     base_url: Option<Url>,
     tls: bool,
     ignition: Option<PathBuf>,
+    sysupdate: bool,
     draining: watch::Receiver<bool>,
 }
 
@@ -118,6 +119,7 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
         base_url: options.base_url.clone(),
         tls: options.tls.is_some(),
         ignition: options.ignition.clone(),
+        sysupdate: options.sysupdate.is_some(),
         draining,
     });
     let mut router = Router::new();
@@ -221,7 +223,7 @@ impl App {
         };
         let wanted = file.wanted(&parts.method, &parts.headers);
         // Nothing is opened for who wants no bytes.
-        if !matches!(wanted, http::Wanted::Bytes(_)) || parts.method == Method::HEAD {
+        if file.body(&parts.method, &wanted).is_none() {
             return file.respond(&parts.method, &wanted, |_| Body::empty());
         }
         let (app, own) = (self.clone(), entry.clone());
@@ -322,7 +324,7 @@ impl App {
         let Some(base) = self.base(parts) else {
             return say(StatusCode::BAD_REQUEST, "no host is asked for");
         };
-        match page::Page::new(&self.releases.all, &base, self.cache.making()).render() {
+        match page::Page::new(&self.releases.all, &base, self.cache.making(), self.sysupdate).render() {
             Ok(html) => {
                 let mut response = document(parts, None, "text/html; charset=utf-8", html.into_bytes());
                 let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";

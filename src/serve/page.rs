@@ -15,6 +15,8 @@ pub struct Page {
     version: &'static str,
     releases: Vec<ReleaseView>,
     making: Vec<Making>,
+    /// Whether disk images of a registry are offered too.
+    sysupdate: bool,
 }
 
 struct ReleaseView {
@@ -61,8 +63,13 @@ struct Making {
 }
 
 impl Page {
-    /// Of these releases, at `base`, while these files are being made.
-    pub fn new(releases: &[std::sync::Arc<Release>], base: &Url, making: Vec<(String, u64, u64)>) -> Self {
+    /// Of these releases, at `base`, while these files are being made, and a registry is offered or not.
+    pub fn new(
+        releases: &[std::sync::Arc<Release>],
+        base: &Url,
+        making: Vec<(String, u64, u64)>,
+        sysupdate: bool,
+    ) -> Self {
         let mut views: Vec<ReleaseView> = Vec::new();
         for release in releases {
             let newest = views.last().is_none_or(|last| last.stream != release.stream);
@@ -75,7 +82,13 @@ impl Page {
             size: bytes(size),
         });
         let base = base.as_str().trim_end_matches('/').to_owned();
-        Self { base, version: env!("CARGO_PKG_VERSION"), releases: views, making: making.collect() }
+        Self {
+            base,
+            version: env!("CARGO_PKG_VERSION"),
+            releases: views,
+            making: making.collect(),
+            sysupdate,
+        }
     }
 }
 

@@ -221,11 +221,5 @@ pub fn matches(what: &str, found: &Blob, expected: &Blob) -> Result<()> {
         expected.size,
         found.size
     );
-    ensure!(
-        found.sha256 == expected.sha256,
-        "{what}: sha256 mismatch: expected {}, got {}",
-        expected.sha256,
-        found.sha256
-    );
-    Ok(())
+    found.sha256.must_be(expected.sha256).with_context(|| what.to_string())
 }

@@ -124,8 +124,7 @@ pub fn image(transport: &dyn Transport, wanted: &Platform) -> Result<Image> {
 pub fn checked(transport: &dyn Transport, descriptor: &Descriptor) -> Result<Manifest> {
     let expected: Digest = descriptor.digest().to_string().parse()?;
     let document = transport.manifest(descriptor)?;
-    let found = Digest::of(&document.bytes);
-    ensure!(found == expected, "manifest: sha256 mismatch: expected {expected}, got {found}");
+    Digest::of(&document.bytes).must_be(expected).context("manifest")?;
     // The index is what was asked for and checked; what a server says besides is not.
     Ok(Manifest { media_type: descriptor.media_type().clone(), ..document })
 }
@@ -150,8 +149,7 @@ pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>>
     let mut bytes = Vec::new();
     transport.part(blob, 0, blob.size())?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
     let expected: Digest = blob.digest().to_string().parse()?;
-    let found = Digest::of(&bytes);
-    ensure!(found == expected, "sha256 mismatch: expected {expected}, got {found}");
+    Digest::of(&bytes).must_be(expected)?;
     Ok(bytes)
 }
 

@@ -148,7 +148,7 @@ fn changed_in_a_registry() {
         (name(with_rootfs), &verify, "sha256 mismatch: expected ".into()),
         // The layer of the metadata.
         (name(&layers[1]), &list, format!("sha256 mismatch: expected {}, got ", &name(&layers[1])[7..])),
-        (digest.clone(), &list, format!("manifest: digest mismatch: expected {digest}, got ")),
+        (digest.clone(), &list, format!("manifest: sha256 mismatch: expected {}, got ", &digest[7..])),
         // What was signed.
         (name(&signatures["layers"][0]), &list, "sha256 mismatch: expected ".into()),
     ];

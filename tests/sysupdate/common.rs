@@ -1,17 +1,17 @@
 //! The program as it serves, images in a registry, and a system that is kept up to date.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Cursor, Read};
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
 
 use flate2::write::GzEncoder;
 use rehydrator::digest::Digest;
 use rehydrator::registry::{Client, Manifest, Reference};
 use serde_json::{Value, json};
 
-use crate::registry::{PROGRAM, run};
+use crate::registry::run;
+use crate::serving::Serving;
 use crate::tools::Gpg;
 
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -19,42 +19,21 @@ pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 pub const TITLE: &str = "org.opencontainers.image.title";
 
-/// `rehydrator serve` on a port of its own, stopped when dropped.
+/// `rehydrator serve`, as curl sees it.
 pub struct Serve {
-    child: Child,
+    serving: Serving,
     pub url: String,
-    log: Arc<Mutex<String>>,
 }
 
 impl Serve {
     pub fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(PROGRAM)
-            .args(["serve", "--listen=127.0.0.1:0"])
-            .args(args)
-            .env("REHYDRATOR_LOG", "rehydrator=info")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-        let line = lines.find(|line| line.contains("listening on ")).expect("it does not listen");
-        let url = format!("http://{}", line.rsplit_once(' ').unwrap().1);
-        let log = Arc::<Mutex<String>>::default();
-        let all = log.clone();
-        std::thread::spawn(move || lines.for_each(|line| *all.lock().unwrap() += &(line + "\n")));
-        Self { child, url, log }
+        let serving = Serving::start(args);
+        Self { url: format!("http://{}", serving.address), serving }
     }
 
     /// Ends it, and gives what it said.
-    pub fn log(mut self) -> String {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        // The thread that reads it ends with the process, and lets go of its copy.
-        while Arc::strong_count(&self.log) > 1 {
-            std::thread::yield_now();
-        }
-        self.log.lock().unwrap().clone()
+    pub fn log(self) -> String {
+        self.serving.log()
     }
 
     /// What curl gets, with its status code; the connection must end well.
@@ -86,13 +65,6 @@ impl Serve {
     pub fn names(&self, repository: &str) -> Vec<String> {
         let sums = self.text(&format!("{repository}/SHA256SUMS"));
         sums.lines().map(|line| line.split_once("  ").unwrap().1.to_owned()).collect()
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -142,7 +142,7 @@ fn what_is_not_what_it_should_be() {
     }
     let log = serve.log();
     for line in
-        ["/os:lie: manifest: digest mismatch: expected", "blob sha256:", "digest mismatch: expected sha256:"]
+        ["/os:lie: manifest: sha256 mismatch: expected", "blob sha256:", ": sha256 mismatch: expected "]
     {
         assert!(log.contains(line), "{line}: {log}");
     }

@@ -13,6 +13,8 @@ mod registry;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../registry/server.rs"]
 mod server;
+#[path = "../tools/serving.rs"]
+mod serving;
 #[path = "../tools/mod.rs"]
 mod tools;
 mod updates;

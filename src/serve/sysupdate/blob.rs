@@ -9,11 +9,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use axum::body::Body;
-use axum::http::header::{
-    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE, RANGE,
-};
-use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
-use axum::response::{IntoResponse, Response};
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream;
 use tokio::runtime::Handle;
@@ -21,6 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::digest::Digest;
 use crate::registry::{Client, Reference};
+
+use super::super::http::{File, say};
 
 /// Bytes of a piece.
 const PIECE: usize = 128 << 10;
@@ -31,48 +30,6 @@ const AHEAD: usize = 2;
 /// Time after which a client that takes nothing is given up.
 const STALL: Duration = Duration::from_secs(60);
 
-/// What a request wants of a file.
-#[derive(Debug, PartialEq, Eq)]
-enum Wanted {
-    Unchanged,
-    Whole,
-    Part(Range<u64>),
-    Nothing,
-}
-
-fn wanted(headers: &HeaderMap, etag: &str, size: u64) -> Wanted {
-    let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-    if let Some(tags) = text(IF_NONE_MATCH)
-        && tags.split(',').map(str::trim).any(|tag| tag == "*" || tag.trim_start_matches("W/") == etag)
-    {
-        return Wanted::Unchanged;
-    }
-    match text(RANGE) {
-        Some(range) if text(IF_RANGE).is_none_or(|tag| tag == etag) => part(range, size),
-        _ => Wanted::Whole,
-    }
-}
-
-/// What `Range` wants. One that cannot be understood, and several parts, are as if there were none.
-fn part(range: &str, size: u64) -> Wanted {
-    let number = |text: &str| -> Option<Option<u64>> {
-        let digits = text.chars().all(|c| c.is_ascii_digit());
-        // A number that is too large is one all the same.
-        digits.then(|| (!text.is_empty()).then(|| text.parse().unwrap_or(u64::MAX)))
-    };
-    let ends = || {
-        let (start, end) = range.strip_prefix("bytes=")?.trim().split_once('-')?;
-        Some((number(start)?, number(end)?))
-    };
-    let (start, end) = match ends() {
-        Some((Some(start), Some(end))) if start <= end => (start, end.saturating_add(1).min(size)),
-        Some((Some(start), None)) => (start, size),
-        Some((None, Some(last))) => (size - last.min(size), size),
-        _ => return Wanted::Whole,
-    };
-    if start < end { Wanted::Part(start..end) } else { Wanted::Nothing }
-}
-
 /// Answers with the blob `digest`, which has `size` bytes. `permit` is kept until all is sent.
 pub(super) async fn answer(
     client: &Client,
@@ -81,33 +38,11 @@ pub(super) async fn answer(
     (method, headers): (&Method, &HeaderMap),
     permit: OwnedSemaphorePermit,
 ) -> Response {
-    let etag = format!("\"{}\"", digest.oci());
-    let common = [
-        (ETAG, etag.clone()),
-        (ACCEPT_RANGES, "bytes".into()),
-        (CONTENT_TYPE, "application/octet-stream".into()),
-    ];
-    let range = match wanted(headers, &etag, size) {
-        Wanted::Unchanged => return (StatusCode::NOT_MODIFIED, [(ETAG, etag)]).into_response(),
-        Wanted::Nothing => {
-            let all = [(CONTENT_RANGE, format!("bytes */{size}"))];
-            return (StatusCode::RANGE_NOT_SATISFIABLE, all).into_response();
-        }
-        Wanted::Whole => None,
-        Wanted::Part(range) => Some(range),
+    let file = File { name: None, media_type: "application/octet-stream", size, digest };
+    let wanted = file.wanted(method, headers);
+    let Some(Range { start, end }) = file.body(method, &wanted) else {
+        return file.respond(method, &wanted, |_| Body::empty());
     };
-    let Range { start, end } = range.clone().unwrap_or(0..size);
-    let length = [(CONTENT_LENGTH, (end - start).to_string())];
-    let head = match range {
-        None => (StatusCode::OK, common, length).into_response(),
-        Some(_) => {
-            let part = [(CONTENT_RANGE, format!("bytes {start}-{}/{size}", end - 1))];
-            (StatusCode::PARTIAL_CONTENT, common, length, part).into_response()
-        }
-    };
-    if method == Method::HEAD {
-        return head;
-    }
     let (to, mut pieces) = mpsc::channel(AHEAD);
     let (client, repository) = (client.clone(), repository.clone());
     tokio::task::spawn_blocking(move || {
@@ -124,7 +59,7 @@ pub(super) async fn answer(
     // A registry that does not have it, or something else, is found out before anything is promised.
     let first = match pieces.recv().await {
         Some(Err(_)) => {
-            return (StatusCode::BAD_GATEWAY, "the registry does not give the file\n").into_response();
+            return say(StatusCode::BAD_GATEWAY, "the registry does not give the file");
         }
         first => first,
     };
@@ -135,8 +70,7 @@ pub(super) async fn answer(
         };
         piece.map(|piece| (piece, (None, pieces)))
     });
-    let (parts, _) = head.into_parts();
-    Response::from_parts(parts, Body::from_stream(rest))
+    file.respond(method, &wanted, |_| Body::from_stream(rest))
 }
 
 /// Sends all that `reader` gives, the last piece only when it has ended well.
@@ -161,39 +95,4 @@ fn feed(reader: &mut dyn Read, to: &mpsc::Sender<io::Result<Bytes>>) -> Result<(
 fn send(to: &mpsc::Sender<io::Result<Bytes>>, piece: io::Result<Bytes>) -> bool {
     let sent = Handle::current().block_on(tokio::time::timeout(STALL, to.send(piece)));
     matches!(sent, Ok(Ok(())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges() {
-        for (range, expected) in [
-            ("bytes=0-0", Wanted::Part(0..1)),
-            ("bytes=0-", Wanted::Part(0..10)),
-            ("bytes=3-99999999999999999999999", Wanted::Part(3..10)),
-            ("bytes=-3", Wanted::Part(7..10)),
-            ("bytes=-30", Wanted::Part(0..10)),
-            ("bytes=10-", Wanted::Nothing),
-            ("bytes=99999999999999999999999-", Wanted::Nothing),
-            ("bytes=-0", Wanted::Nothing),
-            ("bytes=5-4", Wanted::Whole),
-            ("bytes=0-1,3-4", Wanted::Whole),
-            ("bytes=+1-2", Wanted::Whole),
-            ("bytes=-", Wanted::Whole),
-            ("bytes", Wanted::Whole),
-            ("lines=1-2", Wanted::Whole),
-        ] {
-            assert_eq!(part(range, 10), expected, "{range}");
-        }
-        assert_eq!(part("bytes=0-", 0), Wanted::Nothing);
-        let mut headers = HeaderMap::new();
-        headers.insert(RANGE, "bytes=1-".parse().unwrap());
-        headers.insert(IF_RANGE, "\"x\"".parse().unwrap());
-        assert_eq!(wanted(&headers, "\"x\"", 2), Wanted::Part(1..2));
-        assert_eq!(wanted(&headers, "\"y\"", 2), Wanted::Whole);
-        headers.insert(IF_NONE_MATCH, "\"z\", W/\"y\"".parse().unwrap());
-        assert_eq!(wanted(&headers, "\"y\"", 2), Wanted::Unchanged);
-    }
 }
