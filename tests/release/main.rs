@@ -7,7 +7,13 @@ mod common;
 mod container;
 mod damage;
 mod published;
+mod recipes;
+#[allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses a part")]
+#[path = "../registry/common.rs"]
+mod registry;
 mod server;
+#[path = "../tools/small.rs"]
+mod small;
 #[path = "../tools/mod.rs"]
 mod tools;
 
