@@ -1,4 +1,4 @@
-//! The container image, judged by the tools that will carry it: skopeo, umoci, podman, GNU tar, a registry.
+//! The container image, judged by the tools that will carry it: skopeo, umoci, podman, GNU tar.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
 
@@ -7,11 +7,10 @@ mod release;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rehydrator::digest::Digest;
 use rehydrator::oci::image::{build, build_at};
@@ -366,59 +365,4 @@ fn podman_runs_it() {
         let stdout = run_in(f.tmp.path(), &[&podman[..], &confined, &[image, "--version"]].concat());
         assert_eq!(stdout, format!("rehydrator {}\n", env!("CARGO_PKG_VERSION")), "{image}");
     }
-}
-
-/// A registry on a port of its own, stopped when dropped.
-struct Registry {
-    child: std::process::Child,
-    address: String,
-}
-
-impl Registry {
-    fn start(dir: &Path) -> Self {
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let config = dir.join("registry.yml");
-        let root = dir.join("registry");
-        let text = format!(
-            "version: 0.1\nlog: {{ level: error }}\nhttp: {{ addr: '{address}' }}\n\
-             storage: {{ filesystem: {{ rootdirectory: '{}' }} }}\n",
-            root.display()
-        );
-        fs::write(&config, text).unwrap();
-        let child = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|e| panic!("docker-registry: {e}: ci/deps installs what the tests need"));
-        let registry = Self { child, address };
-        let start = Instant::now();
-        while TcpStream::connect(&registry.address).is_err() {
-            assert!(start.elapsed() < Duration::from_secs(10), "docker-registry does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        registry
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-#[test]
-fn a_registry_keeps_digests_and_annotations() {
-    let f = Fixture::new();
-    let digest = f.build(&f.at("oci", "image"));
-    let registry = Registry::start(f.tmp.path());
-    let there = format!("docker://{}/coreos/stable:latest", registry.address);
-    // Without --preserve-digests skopeo compresses the data layers once more, and drops their annotations.
-    run(&["skopeo", "copy", "--preserve-digests", "--dest-tls-verify=false", &f.at("oci", "image"), &there]);
-    let inspect = json(&run(&["skopeo", "inspect", "--tls-verify=false", &there]));
-    assert_eq!(inspect["Digest"], digest.oci());
-    let raw = |image: &str| run(&["skopeo", "inspect", "--raw", "--tls-verify=false", image]);
-    assert_eq!(raw(&there), raw(&f.at("oci", "image")));
 }
