@@ -164,12 +164,20 @@ pub struct DehydrateArgs {
     /// Only these architectures [default: all of the stream]
     #[arg(long = "arch", id = "dehydrate_arch", value_name = "ARCH")]
     pub arch: Vec<String>,
-    /// Size against speed
-    #[arg(long, value_enum, default_value_t)]
-    pub profile: Profile,
     /// Leave out artifacts that cannot be handled or are not there, instead of failing
     #[arg(long)]
     pub allow_unhandled: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub how: DehydrateHow,
+}
+
+/// How to dehydrate.
+#[derive(Clone, Debug, Args)]
+pub struct DehydrateHow {
+    /// Size against speed
+    #[arg(long, value_enum, default_value_t)]
+    pub profile: Profile,
     /// Fail when an artifact does not come back in this form
     #[arg(long, value_enum, value_name = "TIER")]
     pub require: Option<Tier>,
@@ -190,6 +198,17 @@ pub struct ImageArgs {
     /// Where the image goes: oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker://REF
     #[arg(short, long, value_name = "DEST")]
     pub output: String,
+    /// Where OpenPGP signatures go: the root of a lookaside tree [default: sigstore in the working directory]
+    #[arg(long, value_name = "DIR")]
+    pub lookaside: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub how: ImageHow,
+}
+
+/// How to make an image.
+#[derive(Clone, Debug, Args)]
+pub struct ImageHow {
     /// The program of the image, statically linked; repeated, one for each architecture of an image for several, which
     /// share the data. With ARCH it is an error if it is for another [default: this program]
     #[arg(long, value_name = "[ARCH=]FILE")]
@@ -209,9 +228,6 @@ pub struct ImageArgs {
     /// The name that signatures give the image [default: that of docker://REF, or the tag in a layout if it is one]
     #[arg(long, value_name = "REF")]
     pub sign_identity: Option<Reference>,
-    /// Where OpenPGP signatures go: the root of a lookaside tree [default: sigstore in the working directory]
-    #[arg(long, value_name = "DIR")]
-    pub lookaside: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
@@ -486,6 +502,14 @@ pub struct MirrorImages {
     pub images: Images,
 }
 
+/// Parses the name of a repository.
+fn parse_repository(text: &str) -> Result<Reference, String> {
+    let name = text.parse::<Reference>().map_err(|e| e.to_string())?;
+    // Without one of its own it is that which stands for none.
+    let bare = name.digest().is_none() && !text.ends_with(":latest") && name.tag() == Some("latest");
+    if bare { Ok(name) } else { Err("expected a repository: tags are those of the versions".into()) }
+}
+
 /// Parses `OS/ARCH` or `OS/ARCH/VARIANT`.
 fn parse_platform(text: &str) -> Result<Platform, String> {
     crate::copy::config::platform(text).map_err(|e| e.to_string())
@@ -572,6 +596,30 @@ pub struct MirrorReleases {
     /// Write metrics to this file, for the textfile collector of Prometheus' node exporter
     #[arg(long, value_name = "FILE")]
     pub prometheus: Option<PathBuf>,
+    /// Build an image of each stream that is complete, with what is mirrored of its newest version, and push it into this
+    /// repository, tagged with the version and with the name of the stream. One that is there is not built again
+    #[arg(long, value_name = "REPO", value_parser = parse_repository)]
+    pub dehydrate: Option<Reference>,
+    #[command(flatten, next_help_heading = "Options of --dehydrate")]
+    #[allow(missing_docs, reason = "flattened")]
+    pub images: MirrorDehydrate,
+}
+
+/// How `mirror releases --dehydrate` makes images.
+#[derive(Clone, Debug, Args)]
+pub struct MirrorDehydrate {
+    /// Where images are built; it takes some gigabytes while that lasts [default: inside the mirror]
+    #[arg(long, value_name = "DIR")]
+    pub workdir: Option<PathBuf>,
+    /// Where OpenPGP signatures of images go: the root of a lookaside tree [default: sigstore in the mirror]
+    #[arg(long, value_name = "DIR")]
+    pub lookaside: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub dehydrate_how: DehydrateHow,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub image_how: ImageHow,
 }
 
 /// Options of `serve`.

@@ -60,7 +60,13 @@ impl Partial {
     ) -> Result<()> {
         loop {
             let resumed = http.get_file(url, &self.file, &self.etag, task)?;
-            let Err(e) = check(&self.file) else { return Ok(()) };
+            // It goes to the disk while it is checked: one waits for the disk, the other for the processor.
+            let (checked, synced) = std::thread::scope(|scope| {
+                let sync = scope.spawn(|| sync(&self.file));
+                (check(&self.file), sync.join())
+            });
+            synced.unwrap_or_else(|_| Err(anyhow::anyhow!("sync failed")))?;
+            let Err(e) = checked else { return Ok(()) };
             self.remove()?;
             if !resumed {
                 return Err(e);
@@ -76,7 +82,7 @@ impl Partial {
             write_through(&beside(&self.file, SIGNATURE), &beside(path, SIGNATURE), signature)?;
         }
         // What an earlier run got may not have reached the disk.
-        File::open(&self.file).and_then(|file| file.sync_all()).context("sync failed")?;
+        sync(&self.file)?;
         std::fs::rename(&self.file, path).context("rename failed")?;
         remove(&self.etag)?;
         sync_dir(path.parent().unwrap_or(Path::new(".")))
@@ -147,6 +153,11 @@ pub fn remove(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Waits until the file is on the disk.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).context("sync failed")
 }
 
 /// Makes what was renamed in `dir` last through a crash.

@@ -417,7 +417,8 @@ impl Http {
     }
 
     /// Gets the file at `url` into `partial`, going on behind the bytes that are there already. `etag` is a file
-    /// beside it, kept as long as `partial` is, which remembers the version of the file that they are of.
+    /// beside it, kept as long as `partial` is, which remembers the version of the file that they are of. What comes need
+    /// not have reached the disk yet.
     ///
     /// True when some of the bytes in `partial` were there before.
     pub fn get_file(&self, url: &str, partial: &Path, etag: &Path, task: &Task) -> Result<bool, HttpError> {
@@ -478,7 +479,7 @@ impl Http {
                 rate.spend(chunk.len() as u64);
             }
         }
-        file.sync_all().map_err(write_failed)
+        Ok(())
     }
 
     /// Sends one request, once. Any answer is one, whatever its status.

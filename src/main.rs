@@ -1,7 +1,7 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -269,15 +269,37 @@ fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
 }
 
 /// What `args` want the image to be signed with.
-fn signing(args: &cli::ImageArgs, workdir: &Workdir) -> Result<Signing> {
+fn signing(args: &cli::ImageHow, lookaside: PathBuf) -> Result<Signing> {
     let passphrase = passphrase(args.sign_passphrase_file.as_deref())?;
     let passphrase = passphrase.as_deref();
     Ok(Signing {
         openpgp: args.sign_key.as_deref().map(|path| Signer::read(path, passphrase)).transpose()?,
         cosign: args.cosign_key.as_deref().map(|path| PrivateKey::read(path, passphrase)).transpose()?,
         identity: args.sign_identity.clone(),
-        lookaside: args.lookaside.clone().unwrap_or_else(|| workdir.sigstore()),
+        lookaside,
     })
+}
+
+/// How `how` wants to dehydrate, everything that is there.
+fn dehydrating(how: &cli::DehydrateHow) -> dehydrate::Options {
+    dehydrate::Options {
+        arch: Vec::new(),
+        profile: how.profile,
+        allow_unhandled: false,
+        require: how.require,
+        published: !how.skip_published,
+        memory: how.memory.unwrap_or_else(|| memory::available() / 2),
+        max_size: how.max_size,
+    }
+}
+
+/// The programs of an image, of which `given` are named: this one without.
+fn programs(given: &[Program]) -> Result<Vec<Program>> {
+    if !given.is_empty() {
+        return Ok(given.to_vec());
+    }
+    let path = std::env::current_exe().context("this program's own file")?;
+    Ok(vec![Program { arch: None, path }])
 }
 
 /// The memory that rehydrating uses unless told otherwise.
@@ -308,30 +330,22 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     let dehydrate = |workdir: &Workdir, args: cli::DehydrateArgs, out: &mut dyn Write| -> Result<()> {
         let options = dehydrate::Options {
             arch: args.arch,
-            profile: args.profile,
             allow_unhandled: args.allow_unhandled,
-            require: args.require,
-            published: !args.skip_published,
-            memory: args.memory.unwrap_or_else(|| memory::available() / 2),
-            max_size: args.max_size,
+            ..dehydrating(&args.how)
         };
         let index = dehydrate(workdir, &options, progress)?;
         report::dehydrated(&index, out)
     };
     let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
-        let own = std::env::current_exe().context("this program's own file")?;
-        let programs = match &args.binary[..] {
-            [] => vec![Program { arch: None, path: own }],
-            given => given.to_vec(),
-        };
         let build = oci::image::Build {
             dehydrated: &workdir.dehydrated(),
-            programs,
+            programs: programs(&args.how.binary)?,
             output: &args.output,
+            tags: &[],
             time: oci::image::source_date_epoch()?,
-            max_layer: args.max_layer,
-            registry: args.registry.options(),
-            signing: signing(&args, workdir)?,
+            max_layer: args.how.max_layer,
+            registry: args.how.registry.options(),
+            signing: signing(&args.how, args.lookaside.unwrap_or_else(|| workdir.sigstore()))?,
             progress,
         };
         let built = build.run()?;
@@ -405,7 +419,21 @@ fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn
         return Ok(writeln!(out, "{}: good", args.config.display())?);
     };
     let http = Http::new(Retry::default())?.with_rate(config.rate);
-    let options = mirror::Options { base_url: args.base_url, verify: args.verify, wait: args.wait };
+    let cli::MirrorDehydrate { workdir, lookaside, dehydrate_how, image_how } = args.images;
+    let images = |repository| -> Result<_> {
+        Ok(mirror::images::Options {
+            repository,
+            workdir,
+            dehydrate: dehydrating(&dehydrate_how),
+            programs: programs(&image_how.binary)?,
+            time: oci::image::source_date_epoch()?,
+            max_layer: image_how.max_layer,
+            registry: image_how.registry.options(),
+            signing: signing(&image_how, lookaside.unwrap_or_else(|| dest.join(mirror::images::SIGSTORE)))?,
+        })
+    };
+    let images = args.dehydrate.map(images).transpose()?;
+    let options = mirror::Options { base_url: args.base_url, verify: args.verify, wait: args.wait, images };
     let summary = mirror::run(&config, &dest, &options, &http, progress)?;
     if args.json {
         serde_json::to_writer_pretty(&mut *out, &summary)?;

@@ -172,6 +172,7 @@ impl Keys {
 }
 
 /// A key that signs.
+#[derive(Clone)]
 pub struct Signer(KeyPair);
 
 impl Signer {

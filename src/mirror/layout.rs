@@ -11,6 +11,7 @@
 //!             new               a link or document that is about to get its name
 //!             partial/          files that are being got, in the same tree
 //!             trash/            what is being removed
+//!             work/             images that are being built
 //! ```
 //!
 //! A source with a name has the first four in a directory of that name.
@@ -109,7 +110,13 @@ impl Dest {
         // A link, perhaps, which must not be written through.
         fetch::remove(&own.join(NEW))?;
         dest.empty_trash()?;
+        remove_all(&dest.work())?;
         Ok(dest)
+    }
+
+    /// Where images are built; what a run that was killed left there is gone.
+    pub fn work(&self) -> PathBuf {
+        self.dir.join(OWN).join("work")
     }
 
     /// Where the file that will be `path`, relative to the mirror, is until it has been checked.
@@ -182,13 +189,17 @@ impl Dest {
 
     /// Removes what was discarded, here or by a run that was killed.
     pub fn empty_trash(&self) -> Result<()> {
-        let trash = self.dir.join(OWN).join("trash");
-        match fs::remove_dir_all(&trash) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(e).with_context(|| format!("{}: remove failed", trash.display()))
-            }
-            _ => Ok(()),
+        remove_all(&self.dir.join(OWN).join("trash"))
+    }
+}
+
+/// Removes a directory that need not be there.
+fn remove_all(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("{}: remove failed", dir.display()))
         }
+        _ => Ok(()),
     }
 }
 

@@ -5,12 +5,13 @@
 //!           (what a server says)              (what the mirror does)
 //! ```
 //!
-//! What oppositus did for CoreOS Container Linux, for all that came after it. `docs/mirror.md` is for those who run it.
+//! With [`images`] each stream becomes a container image, too. What oppositus did for CoreOS Container Linux, for all that came after it. `docs/mirror.md` is for those who run it.
 
 pub mod config;
 pub mod container_linux;
 pub mod filter;
 pub mod gc;
+pub mod images;
 pub mod index;
 pub mod layout;
 pub mod plan;
@@ -43,7 +44,7 @@ use summary::{ChannelSummary, Summary};
 const MAX_DIGESTS: u64 = 1 << 20;
 
 /// How to mirror.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Options {
     /// Where clients find the mirror; documents of streams are rewritten to it.
     pub base_url: Option<Url>,
@@ -51,6 +52,8 @@ pub struct Options {
     pub verify: bool,
     /// Wait for another process that changes the mirror.
     pub wait: bool,
+    /// Build an image of each stream.
+    pub images: Option<images::Options>,
 }
 
 /// Mirrors what `config` says into `dir`. An error is one of the whole run; what failed alone is in the summary.
@@ -64,6 +67,9 @@ pub fn run(
     if let Some(url) = &options.base_url {
         ensure!(["http", "https"].contains(&url.scheme()), "base URL {url}: neither http nor https");
     }
+    if options.images.is_some() {
+        images::check(config)?;
+    }
     let dest = Dest::open(dir, options.wait)?;
     let mut run = Run {
         state: dest.state()?,
@@ -73,10 +79,14 @@ pub fn run(
         summary: Summary::default(),
         failed: BTreeSet::new(),
         seen: BTreeSet::new(),
+        finished: BTreeSet::new(),
     };
-    let pool = fetch::pool(config.parallel)?;
-    pool.install(|| run.all(config, options))?;
-    Ok(run.summary)
+    let plans = fetch::pool(config.parallel)?.install(|| run.all(config, options))?;
+    if let Some(images) = &options.images {
+        // With as many threads as there are cores, unlike what waits for a server.
+        run.images(images, &plans);
+    }
+    run.finish()
 }
 
 /// Removes the versions that need not be kept from the mirror in `dir`.
@@ -96,10 +106,12 @@ struct Run<'a> {
     failed: BTreeSet<PathBuf>,
     /// Files that have been counted.
     seen: BTreeSet<PathBuf>,
+    /// Channels whose `current` is what it is to be.
+    finished: BTreeSet<PathBuf>,
 }
 
 impl Run<'_> {
-    fn all(&mut self, config: &Config, options: &Options) -> Result<()> {
+    fn all<'c>(&mut self, config: &'c Config, options: &Options) -> Result<Vec<(&'c Source, Plan)>> {
         let mut plans = Vec::new();
         for source in &config.sources {
             for mut plan in self.plans(source, options.base_url.as_ref()) {
@@ -135,13 +147,28 @@ impl Run<'_> {
                 Err(e) => self.fail("garbage collection".into(), format!("{e:#}")),
             }
         }
+        Ok(plans)
+    }
+
+    /// Builds the images of the streams that are complete.
+    fn images(&mut self, options: &images::Options, plans: &[(&Source, Plan)]) {
+        let finished = std::mem::take(&mut self.finished);
+        for (_, plan) in plans.iter().filter(|(_, plan)| finished.contains(&plan.label())) {
+            match images::push(self.dest, plan, options, self.progress) {
+                Ok(image) => self.summary.images.extend(image),
+                Err(e) => self.fail(format!("image of {}", plan.label().display()), format!("{e:#}")),
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<Summary> {
         if self.summary.failed.is_empty() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             self.state.last_success = Some(now.as_secs());
             self.dest.write_state(&self.state)?;
         }
         self.summary.last_success = self.state.last_success;
-        Ok(())
+        Ok(self.summary)
     }
 
     /// What there is of a source: one plan for each channel that could be looked at.
@@ -243,6 +270,7 @@ impl Run<'_> {
                 self.dest.link(&plan.label().join(CURRENT), &plan.target(current))?;
             }
             self.remember(source, plan, true)?;
+            self.finished.insert(plan.label());
         }
         let current = fs::read_link(self.dest.dir.join(plan.label()).join(CURRENT)).ok();
         self.summary.channels.push(ChannelSummary {

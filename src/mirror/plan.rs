@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use ring::digest::{Context as Hash, SHA512};
 use serde::Serialize;
 
+use crate::catalog::Item;
 use crate::digest::Digest;
 use crate::openpgp::{Keys, SignatureError};
 
@@ -32,6 +33,8 @@ pub struct Plan {
     pub needs: BTreeSet<String>,
     /// Documents to write then, by their path below `root`.
     pub documents: Vec<(PathBuf, Vec<u8>)>,
+    /// What an image of `current` is made of, for a stream.
+    pub release: Option<Release>,
     /// A document that an earlier run may have written, and this one cannot renew.
     pub stale: Option<PathBuf>,
     /// Who may sign.
@@ -42,6 +45,19 @@ pub struct Plan {
     pub broken: BTreeSet<String>,
     /// What the server has, and the mirror does not take.
     pub skipped: Vec<Skipped>,
+}
+
+/// A release of a stream, as it is dehydrated.
+#[derive(Debug)]
+pub struct Release {
+    /// What the document calls the stream.
+    pub stream: String,
+    /// The stream document: as published, or made of `release.json`.
+    pub document: Vec<u8>,
+    /// The signature of the document, if it has one.
+    pub signature: Option<Vec<u8>>,
+    /// Those of its artifacts that are mirrored: each with its path below the mirror.
+    pub artifacts: Vec<(Item, PathBuf)>,
 }
 
 /// A version of a channel.
@@ -109,6 +125,7 @@ impl Plan {
             current: None,
             needs: BTreeSet::new(),
             documents: Vec::new(),
+            release: None,
             stale: None,
             keys,
             problems: Vec::new(),

@@ -17,7 +17,7 @@ use crate::workdir;
 
 use super::config::{Source, Versions};
 use super::layout::STREAMS;
-use super::plan::{Plan, Proof, Version, Wanted};
+use super::plan::{self, Plan, Proof, Version, Wanted};
 use super::version::{check_name, compare};
 
 /// The index of the releases of a stream, oldest first.
@@ -155,9 +155,26 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
         plan.stale = Some(Path::new(STREAMS).join(format!("{name}.json")));
     }
     if let Some(document) = document {
+        let at: BTreeMap<&str, &Wanted> =
+            versions.iter().flat_map(|v| &v.files).map(|file| (file.url.as_str(), file)).collect();
+        let items = Catalog::new(&document)?.items.into_iter();
+        let artifacts = items.filter_map(|item| {
+            let path = at.get(item.location.as_str())?.path.clone();
+            Some((item, path))
+        });
+        let (json, signed) = match &upstream {
+            Some((published, signature)) => (published.clone(), signature.clone()),
+            None => (serde_json::to_vec(&document)?, None),
+        };
+        plan.release = Some(plan::Release {
+            stream: document.stream.clone(),
+            document: json,
+            signature: signed,
+            artifacts: artifacts.collect(),
+        });
         let path = |suffix: &str| Path::new(STREAMS).join(format!("{name}{suffix}"));
         let rewritten = match base_url {
-            Some(base) => Some(rewrite(document, base, &plan, &versions)?),
+            Some(base) => Some(rewrite(document, base, &plan, &at)?),
             None => None,
         };
         if let Some((published, signature)) = upstream {
@@ -282,9 +299,7 @@ fn releases(
 }
 
 /// The document as it is served by the mirror: what is mirrored, and from here.
-fn rewrite(mut stream: Stream, base: &Url, plan: &Plan, versions: &[Version]) -> Result<Vec<u8>> {
-    let at: BTreeMap<&str, &Wanted> =
-        versions.iter().flat_map(|v| &v.files).map(|file| (file.url.as_str(), file)).collect();
+fn rewrite(mut stream: Stream, base: &Url, plan: &Plan, at: &BTreeMap<&str, &Wanted>) -> Result<Vec<u8>> {
     relocate(&mut stream, base, |location| {
         let wanted = at.get(location)?;
         Some((&*wanted.path, matches!(wanted.proof, Proof::Signature { .. })))

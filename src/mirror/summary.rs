@@ -29,6 +29,9 @@ pub struct Summary {
     pub skipped: Vec<Skipped>,
     /// Versions that were removed.
     pub removed: Vec<String>,
+    /// Images of streams, with `--dehydrate`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<ImageSummary>,
     /// When a run ended without a failure, in seconds since 1970.
     pub last_success: Option<u64>,
 }
@@ -44,6 +47,19 @@ pub struct ChannelSummary {
     pub complete: bool,
 }
 
+/// The image of a stream.
+#[derive(Debug, Serialize)]
+pub struct ImageSummary {
+    /// Its name, with the version as its tag.
+    pub image: String,
+    /// The tag that moves: the name of the stream.
+    pub stream: String,
+    /// Its digest.
+    pub digest: String,
+    /// Whether it was built; if not, it was there.
+    pub new: bool,
+}
+
 impl Summary {
     /// Prints it for people.
     pub fn print(&self, out: &mut dyn Write) -> io::Result<()> {
@@ -54,6 +70,9 @@ impl Summary {
         }
         for removed in &self.removed {
             writeln!(out, "removed {removed}")?;
+        }
+        for ImageSummary { image, digest, new, .. } in &self.images {
+            writeln!(out, "image {image} {digest}, {}", if *new { "new" } else { "kept" })?;
         }
         for skipped in &self.skipped {
             writeln!(out, "skipped {}: {}", skipped.what, skipped.why)?;

@@ -29,6 +29,7 @@ const ENCRYPTED: [&str; 2] = ["ENCRYPTED SIGSTORE PRIVATE KEY", "ENCRYPTED COSIG
 const MAX_SCRYPT: u64 = 256 << 20;
 
 /// A key that signs.
+#[derive(Clone)]
 pub struct PrivateKey(SigningKey);
 
 /// A key that checks signatures.

@@ -95,6 +95,8 @@ pub struct Build<'a> {
     pub programs: Vec<Program>,
     /// Where it goes, as [`Target`] reads it.
     pub output: &'a str,
+    /// The other tags that it gets, in a registry.
+    pub tags: &'a [&'a str],
     /// What everything in it is stamped with, in seconds of the epoch.
     pub time: u64,
     /// The largest layer, in bytes; a longer blob is in several.
@@ -129,8 +131,8 @@ pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> R
     let programs = vec![Program { arch: None, path: program.to_owned() }];
     let (registry, signing, progress) =
         (Options::default(), Signing::default(), &Progress::new(Mode::default()));
-    let max_layer = MAX_LAYER;
-    let build = Build { dehydrated, programs, output, time, max_layer, registry, signing, progress };
+    let (max_layer, tags) = (MAX_LAYER, &[]);
+    let build = Build { dehydrated, programs, output, tags, time, max_layer, registry, signing, progress };
     Ok(build.run()?.digest)
 }
 
@@ -138,7 +140,7 @@ impl Build<'_> {
     /// Makes the image. Nothing appears under its name unless all is well.
     pub fn run(&self) -> Result<Built> {
         let target: Target = self.output.parse()?;
-        let identity = self.identity(&target)?;
+        let identities = self.identities(&target)?;
         let store = Store::open(self.dehydrated)?;
         let groups = group(&store.index, self.max_layer)?;
         let staging = match &target {
@@ -184,8 +186,8 @@ impl Build<'_> {
             signed.push(image.digest().to_string().parse()?);
         }
         let sign = |layout: Option<&Path>| -> Result<Option<PathBuf>> {
-            let Some(identity) = &identity else { return Ok(None) };
-            let paths = signed.iter().map(|&digest| simple_sign(&self.signing, identity, digest, layout));
+            let names = identities.iter().flat_map(|name| signed.iter().map(move |&digest| (name, digest)));
+            let paths = names.map(|(name, digest)| simple_sign(&self.signing, name, digest, layout));
             Ok(paths.collect::<Result<Vec<_>>>()?.into_iter().next().flatten())
         };
         let signature = match &target {
@@ -193,7 +195,7 @@ impl Build<'_> {
                 let mut signatures = Vec::new();
                 for &digest in &signed {
                     let earlier = self.earlier_in(destination, digest)?;
-                    let made = self.cosign(identity.as_ref(), digest, &staging, earlier)?;
+                    let made = self.cosign(&identities, digest, &staging, earlier)?;
                     signatures.extend(made.map(|(image, _)| (cosign_tag(digest), image)));
                 }
                 staging.publish(root, signatures)?;
@@ -211,22 +213,25 @@ impl Build<'_> {
                     }
                 }
                 for &digest in &signed {
-                    self.push_signature(&client, to, identity.as_ref(), digest, &staging)?;
+                    self.push_signature(&client, to, &identities, digest, &staging)?;
                 }
                 push::manifest(&staging, &client, to, &root)?;
+                for tag in self.tags {
+                    push::manifest(&staging, &client, &to.with_tag(tag)?, &root)?;
+                }
                 signature
             }
         };
         Ok(Built { digest, signature })
     }
 
-    /// The name that signatures give the image.
-    fn identity(&self, target: &Target) -> Result<Option<Reference>> {
+    /// The names that signatures give the image: one for each of its tags.
+    fn identities(&self, target: &Target) -> Result<Vec<Reference>> {
         if let Target::Registry(to) = target {
             ensure!(to.digest().is_none(), "{to}: a new image can have a tag, and no digest");
         }
         if self.signing.is_empty() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let own = match (&self.signing.identity, target) {
             (Some(identity), _) => Some(identity.clone()),
@@ -238,18 +243,21 @@ impl Build<'_> {
                 .ok()
                 .filter(|name: &Reference| destination.tag.starts_with(&format!("{}/", name.registry()))),
         };
-        own.map(Some).context("a signature names the image as it will be pulled: --sign-identity says how")
+        let own =
+            own.context("a signature names the image as it will be pulled: --sign-identity says how")?;
+        let others = self.tags.iter().map(|tag| Ok(own.with_tag(tag)?)).collect::<Result<Vec<_>>>()?;
+        Ok(std::iter::once(own).chain(others).collect())
     }
 
     fn cosign(
         &self,
-        identity: Option<&Reference>,
+        identities: &[Reference],
         digest: Digest,
         staging: &Staging,
         earlier: Option<ImageManifest>,
     ) -> Result<Option<(Descriptor, Vec<Descriptor>)>> {
-        let (Some(key), Some(identity)) = (&self.signing.cosign, identity) else { return Ok(None) };
-        cosign(key, identity, digest, staging, earlier).map(Some)
+        let Some(key) = &self.signing.cosign else { return Ok(None) };
+        cosign(key, identities, digest, staging, earlier).map(Some)
     }
 
     /// The image of cosign signatures that the layout has for the image `digest`.
@@ -266,7 +274,7 @@ impl Build<'_> {
         &self,
         client: &Client,
         to: &Reference,
-        identity: Option<&Reference>,
+        identities: &[Reference],
         digest: Digest,
         staging: &Staging,
     ) -> Result<()> {
@@ -280,7 +288,7 @@ impl Build<'_> {
             Err(e) if registry::not_found(&e) => None,
             Err(e) => return Err(e),
         };
-        if let Some((image, blobs)) = self.cosign(identity, digest, staging, earlier)? {
+        if let Some((image, blobs)) = self.cosign(identities, digest, staging, earlier)? {
             push::blobs(staging, client, &to, &blobs, self.progress)?;
             push::manifest(staging, client, &to, &image)?;
         }

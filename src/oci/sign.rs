@@ -49,7 +49,7 @@ const MAX_SIGNATURES: usize = 128;
 const MAX_PAYLOAD: u64 = 64 << 10;
 
 /// What signs an image.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Signing {
     /// Makes a simple-signing signature.
     pub openpgp: Option<Signer>,
@@ -147,23 +147,27 @@ fn add(signature: &[u8], path: impl Fn(usize) -> PathBuf) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Signs the image `digest` with a plain key, and adds the image that holds the signature to `staging`, as well as its
-/// configuration and layers. `earlier` is such an image that has the tag now.
+/// Signs the image `digest` with a plain key under each of its names, and adds the image that holds the signatures to
+/// `staging`, as well as its configuration and layers. `earlier` is such an image that has the tag now.
 pub fn cosign(
     key: &PrivateKey,
-    identity: &Reference,
+    identities: &[Reference],
     digest: Digest,
     staging: &Staging,
     earlier: Option<ImageManifest>,
 ) -> Result<(Descriptor, Vec<Descriptor>)> {
-    let payload = payload(TYPES[1], identity, digest)?;
-    let signature = key.sign(&payload);
-    let (mut layer, ()) =
-        staging.blob(MediaType::Other(PAYLOAD.into()), |out| Ok(out.write_all(&payload)?))?;
-    layer.set_annotations(Some(HashMap::from([(ANNOTATION_SIGNATURE.to_string(), signature)])));
-    let mut layers = earlier.map(|image| image.layers().clone()).unwrap_or_default();
-    layers.retain(|other| other != &layer);
-    layers.push(layer.clone());
+    let (mut layers, mut blobs) =
+        (earlier.map(|image| image.layers().clone()).unwrap_or_default(), Vec::new());
+    for identity in identities {
+        let payload = payload(TYPES[1], identity, digest)?;
+        let signature = key.sign(&payload);
+        let (mut layer, ()) =
+            staging.blob(MediaType::Other(PAYLOAD.into()), |out| Ok(out.write_all(&payload)?))?;
+        layer.set_annotations(Some(HashMap::from([(ANNOTATION_SIGNATURE.to_string(), signature)])));
+        layers.retain(|other| other != &layer);
+        layers.push(layer.clone());
+        blobs.push(layer);
+    }
     let diff_ids: Vec<_> = layers.iter().map(|layer| layer.digest().to_string()).collect();
     // As cosign writes it: an image of nothing.
     let never = "0001-01-01T00:00:00Z";
@@ -179,7 +183,8 @@ pub fn cosign(
         .layers(layers)
         .build()?;
     let manifest = staging.document(MediaType::ImageManifest, &manifest)?;
-    Ok((manifest, vec![config, layer]))
+    blobs.push(config);
+    Ok((manifest, blobs))
 }
 
 impl Policy {

@@ -7,13 +7,21 @@
     reason = "that is how a test fails, and says why"
 )]
 
-#[path = "../tools/mod.rs"]
-mod tools;
-
 mod config;
 mod contrib;
 mod crash;
 mod hostile;
+mod images;
+mod installers;
+#[allow(dead_code, unreachable_pub, reason = "other tests use the rest")]
+#[path = "../registry/common.rs"]
+mod registry;
+#[path = "../tools/serving.rs"]
+mod serving;
 mod site;
+#[path = "../tools/small.rs"]
+mod small;
 mod streams;
+#[path = "../tools/mod.rs"]
+mod tools;
 mod trees;

@@ -14,12 +14,12 @@ use serde_json::{Map, Value, json};
 use crate::site::{Entry, Site, names, ok, rehydrator, text};
 use crate::tools::{Nginx, noise};
 
-const NEW: &str = "44.20260707.3.1";
+pub(crate) const NEW: &str = "44.20260707.3.1";
 const OLD: &str = "44.20260601.3.0";
 const OLDER: &str = "43.20260501.3.0";
 
 /// Files of a release: architecture, platform, format, file, name.
-const FILES: [(&str, &str, &str, &str, &str); 7] = [
+pub(crate) const FILES: [(&str, &str, &str, &str, &str); 7] = [
     ("x86_64", "aws", "vmdk.xz", "disk", "aws.x86_64.vmdk.xz"),
     ("x86_64", "metal", "iso", "disk", "live-iso.x86_64.iso"),
     ("x86_64", "metal", "pxe", "kernel", "live-kernel.x86_64"),
@@ -29,7 +29,7 @@ const FILES: [(&str, &str, &str, &str, &str); 7] = [
     ("aarch64", "qemu", "qcow2.xz", "disk", "qemu.aarch64.qcow2.xz"),
 ];
 
-fn name(version: &str, file: &str) -> String {
+pub(crate) fn name(version: &str, file: &str) -> String {
     format!("fedora-coreos-{version}-{file}")
 }
 
@@ -39,7 +39,8 @@ fn release(site: &Site, nginx: &Nginx, version: &str, signed: bool) -> Map<Strin
     for (i, (arch, platform, format, file, rest)) in FILES.into_iter().enumerate() {
         let name = name(version, rest);
         let path = format!("prod/{version}/{arch}/{name}");
-        let bytes = noise(i as u64 + version.len() as u64, 30_000 + i);
+        // No installer takes less than a mebibyte.
+        let bytes = noise(i as u64 + version.len() as u64, (1 << 20) + i);
         let mut artifact =
             json!({"location": format!("{}/{path}", nginx.url), "sha256": Digest::of(&bytes).to_string()});
         if signed {
@@ -84,7 +85,7 @@ fn metadata(version: &str, archs: &Map<String, Value>) -> Value {
 }
 
 /// A server with three releases of a stream.
-fn server() -> (Site, Nginx) {
+pub(crate) fn server() -> (Site, Nginx) {
     let site = Site::new();
     let nginx = Nginx::serve(&site.www(""));
     let mut pointers = Vec::new();
@@ -103,7 +104,7 @@ fn server() -> (Site, Nginx) {
     (site, nginx)
 }
 
-fn source(nginx: &Nginx) -> Value {
+pub(crate) fn source(nginx: &Nginx) -> Value {
     json!({"type": "stream", "url": format!("{}/streams/{{stream}}.json", nginx.url), "keys": ["keys"],
         "releases": format!("{}/releases.json", nginx.url)})
 }

@@ -1,9 +1,9 @@
-//! From a web server to an image in one command.
+//! From a web server to an image in one command, and to a mirror.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{example, ok, rehydrator, sha256sum};
 use crate::tools::Nginx;
@@ -11,11 +11,9 @@ use crate::tools::Nginx;
 /// Of the release, what shows each way an artifact goes, in little time.
 const PLATFORMS: [&str; 3] = ["metal", "openstack", "vmware"];
 
-#[test]
-fn build_run_from_a_server() {
-    let example = example("release", &["--arch", "x86_64", "--arch", "ppc64le"]);
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let www = dir.path().join("www");
+/// Serves the example from `dir`, and gives its stream document.
+fn serve(example: &Path, dir: &Path) -> (Nginx, Value) {
+    let www = dir.join("www");
     fs::create_dir(&www).unwrap();
     std::os::unix::fs::symlink(example.join("builds"), www.join("builds")).unwrap();
     let nginx = Nginx::serve(&www);
@@ -27,7 +25,44 @@ fn build_run_from_a_server() {
     let x86_64 = stream["architectures"]["x86_64"]["artifacts"].as_object_mut().unwrap();
     x86_64.retain(|platform, _| PLATFORMS.contains(&platform.as_str()));
     fs::write(www.join("stable.json"), stream.to_string()).unwrap();
+    (nginx, stream)
+}
 
+fn the_example() -> PathBuf {
+    example("release", &["--arch", "x86_64", "--arch", "ppc64le"])
+}
+
+#[test]
+fn mirrored_from_a_server() {
+    let (example, dir) = (the_example(), tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let (nginx, stream) = serve(&example, dir.path());
+    let (config, dest) = (dir.path().join("mirror.json"), dir.path().join("mirror"));
+    let source = json!({"type": "stream", "url": format!("{}/stable.json", nginx.url),
+        "keys": [example.join("signing-key.asc")], "architectures": ["x86_64"]});
+    fs::write(&config, json!({"sources": [source]}).to_string()).unwrap();
+    ok(rehydrator().args(["mirror", "releases"]).arg(&config).arg(&dest));
+    let mut artifacts = 0;
+    for (_, platform) in stream["architectures"]["x86_64"]["artifacts"].as_object().unwrap() {
+        let formats = platform["formats"].as_object().unwrap().values();
+        for artifact in formats.flat_map(|files| files.as_object().unwrap().values()) {
+            let name = artifact["location"].as_str().unwrap().rsplit('/').next().unwrap();
+            let path = dest.join("stable/current/x86_64").join(name);
+            assert_eq!(sha256sum(&path), artifact["sha256"].as_str().unwrap(), "{name}");
+            artifacts += 1;
+        }
+    }
+    // Each with its signature, and nothing else.
+    let there = fs::read_dir(dest.join("stable/current/x86_64")).unwrap().count();
+    assert_eq!((there, there > 10), (2 * artifacts, true));
+    let said = ok(rehydrator().args(["mirror", "releases"]).arg(&config).arg(&dest));
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains(&format!("\n0 new (0 B), {artifacts} kept, 0 skipped, 0 failed\n")), "{said}");
+}
+
+#[test]
+fn build_run_from_a_server() {
+    let (example, dir) = (the_example(), tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let (nginx, stream) = serve(&example, dir.path());
     let work = dir.path().join("work");
     fs::create_dir(&work).unwrap();
     let image = work.join("image");
