@@ -550,7 +550,7 @@ pub enum Mirror {
     /// Copy all images of a configuration; one that fails does not end the rest
     Images(MirrorImages),
     /// Mirror releases of CoreOS, Fedora CoreOS and Flatcar: only files whose signatures are good
-    Releases(MirrorReleases),
+    Releases(Box<MirrorReleases>),
     /// Remove versions beyond those that the configuration keeps
     Gc {
         /// The mirror

@@ -380,7 +380,7 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
     // Not locked: images are told of by the threads that copied them.
     let out = &mut io::stdout();
     match command {
-        Mirror::Releases(args) => mirror_releases(args, progress, out),
+        Mirror::Releases(args) => mirror_releases(*args, progress, out),
         Mirror::Gc { dest, dry_run, wait } => {
             let removed = mirror::collect(&dest, dry_run, wait)?;
             let done = if dry_run { "would remove" } else { "removed" };
