@@ -213,7 +213,8 @@ pub struct ImageHow {
     /// share the data. With ARCH it is an error if it is for another [default: this program]
     #[arg(long, value_name = "[ARCH=]FILE")]
     pub binary: Vec<Program>,
-    /// The largest layer, such as 1G; a longer blob is in several
+    /// The largest layer, such as 1G; a longer blob is in several. A registry that gives up uploads when a connection breaks,
+    /// as docker-registry does, gets the layers again that were on their way
     #[arg(long, value_parser = parse_size, default_value = "4G", value_name = "SIZE")]
     pub max_layer: u64,
     /// Sign the image with this OpenPGP secret key (simple signing)
@@ -238,7 +239,7 @@ pub struct ImageHow {
 pub struct RegistryArgs {
     /// Credentials: a file as podman and docker keep it, or the key of a Google service account [default:
     /// $REGISTRY_AUTH_FILE, then the files of podman, skopeo and docker]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, visible_alias = "auth", value_name = "FILE")]
     pub authfile: Option<PathBuf>,
     /// Credentials, instead of those in files
     #[arg(long, value_name = "USER:PASSWORD", value_parser = parse_credentials)]
@@ -289,7 +290,7 @@ pub struct Data {
     #[arg(long, env = "REHYDRATOR_DATA", default_value = "/srv/dehydrated", value_name = "DIR")]
     pub data: PathBuf,
     /// The image that the dehydrated directory is in, of which only what is needed is fetched: docker://REF,
-    /// oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:DIR
+    /// oci:DIR[:TAG], oci-archive:FILE[:TAG], dir:DIR, or with the help of skopeo containers-storage:NAME
     #[arg(long, value_name = "IMAGE")]
     pub from: Option<Origin>,
     /// How much to keep of what is fetched from a registry, in a file without a name in $TMPDIR; what is more is fetched
@@ -310,6 +311,17 @@ pub struct Images {
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub registry: RegistryArgs,
+    /// Let skopeo read the image, wherever it is: under the policy.json of this machine, and with the mirrors of its
+    /// registries.conf. It takes version 1.11. containers-storage: is always read by skopeo
+    #[arg(long, conflicts_with = "creds")]
+    pub skopeo: bool,
+}
+
+impl Images {
+    /// As options of a client.
+    pub fn options(&self) -> registry::Options {
+        registry::Options { skopeo: self.skopeo, ..self.registry.options() }
+    }
 }
 
 /// What an image must be signed with.
@@ -417,7 +429,8 @@ pub struct CacheArgs {
 /// Options of `pull`.
 #[derive(Clone, Debug, Args)]
 pub struct Pull {
-    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR
+    /// The image: a name in a registry, or oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR,
+    /// containers-storage:NAME (with the help of skopeo)
     #[arg(value_name = "REF")]
     pub reference: String,
     /// The directory to make: it is there when all of the image is in it, and not before

@@ -179,13 +179,8 @@ fn policy(signed: &cli::Signed) -> Result<Policy> {
 }
 
 /// The image at `from`, once its signatures are checked.
-fn image_at(
-    from: &read::Origin,
-    policy: &Policy,
-    registry: &cli::RegistryArgs,
-    cache: u64,
-) -> Result<Arc<Image>> {
-    let image = Image::open(from, registry.options(), cache)?;
+fn image_at(from: &read::Origin, policy: &Policy, images: &cli::Images, cache: u64) -> Result<Arc<Image>> {
+    let image = Image::open(from, images.options(), cache)?;
     image.check(policy)?;
     Ok(Arc::new(image))
 }
@@ -194,7 +189,7 @@ fn image_at(
 fn image(data: &cli::Data) -> Result<Option<Arc<Image>>> {
     let policy = policy(&data.images.signed)?;
     ensure_about_image(data.from.is_some(), &policy)?;
-    data.from.as_ref().map(|from| image_at(from, &policy, &data.images.registry, data.from_cache)).transpose()
+    data.from.as_ref().map(|from| image_at(from, &policy, &data.images, data.from_cache)).transpose()
 }
 
 /// Otherwise nothing would be checked where a check was asked for.
@@ -217,7 +212,7 @@ fn run_serve(args: cli::Serve) -> Result<()> {
     ensure_about_image(!args.from.is_empty(), &policy)?;
     let mut stores = Vec::new();
     for from in &args.from {
-        stores.push(Arc::new(image_at(from, &policy, &args.images.registry, args.from_cache)?.store()?));
+        stores.push(Arc::new(image_at(from, &policy, &args.images, args.from_cache)?.store()?));
     }
     let mut data = args.data;
     if data.is_empty() && args.from.is_empty() && sysupdate.is_none() {
@@ -260,7 +255,7 @@ fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
     let signer = sign_key.as_deref().map(|path| Signer::read(path, passphrase.as_deref())).transpose()?;
     let options = serve::sysupdate::Options {
         registry: registry.clone(),
-        client: args.images.registry.options(),
+        client: args.images.options(),
         signer,
         redirect: *redirect,
         ttl: *ttl,
@@ -396,13 +391,13 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
                 referrers: args.referrers,
                 dry_run: args.dry_run,
             };
-            let copier = Copier::new(args.images.registry.options(), policy(&args.images.signed)?, progress);
+            let copier = copier(&args.images, progress)?;
             let copied = copier.copy(&args.source, &args.destination, &options)?;
             Ok(writeln!(out, "{}", copied_line(&args.source, &args.destination, &copied))?)
         }
         Mirror::Images(args) => {
             let config = copy::config::Config::read(&args.config)?;
-            let copier = Copier::new(args.images.registry.options(), policy(&args.images.signed)?, progress);
+            let copier = copier(&args.images, progress)?;
             copy::images(&config, &copier, args.dry_run, |image, copied| {
                 // Whoever stopped reading it, still wants the images.
                 let line = copied_line(&image.source, &image.destination, copied);
@@ -410,6 +405,14 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
             })
         }
     }
+}
+
+fn copier<'a>(images: &cli::Images, progress: &'a Progress) -> Result<Copier<'a>> {
+    ensure!(
+        !images.skopeo,
+        "--skopeo: its proxy gives one image of several: mirror copies images as they are"
+    );
+    Ok(Copier::new(images.options(), policy(&images.signed)?, progress))
 }
 
 fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn Write) -> Result<()> {
@@ -473,7 +476,7 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         },
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
-    let transport = transport::open(&args.reference, args.images.registry.options())?;
+    let transport = transport::open(&args.reference, args.images.options())?;
     let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.images.signed)?, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);

@@ -6,11 +6,11 @@
 //!
 //! Every document goes over byte for byte, so that digests, and with them signatures, stay what they are. What belongs to
 //! an image without being part of it follows under the names that tools look for: cosign's `sha256-HEX.sig`, `.att` and
-//! `.sbom`, and referrers as the index `sha256-HEX`.
+//! `.sbom`, and referrers as the index `sha256-HEX`, which is made where the source has another way to name them.
 
 pub mod config;
 // The globs of release mirrors.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -161,17 +161,30 @@ impl<'a> Copier<'a> {
         if !options.platforms.is_empty() && is_index(&root.media_type) {
             root = self.only(&root, &options.platforms)?;
         }
-        let images = self.one(from, source, root, to, options, copied)?;
+        let mut images = self.one(from, source, root, to, options, copied)?;
         if !to.holds_several() {
             return Ok(());
         }
-        for digest in images {
+        let mut seen = HashSet::new();
+        while let Some(digest) = images.pop() {
+            if !seen.insert(digest) {
+                continue;
+            }
             let name = format!("sha256-{digest}");
-            let cosign = COSIGN.iter().map(|suffix| format!("{name}{suffix}"));
-            for tag in cosign.chain(options.referrers.then(|| name.clone())) {
+            for tag in COSIGN.map(|suffix| format!("{name}{suffix}")) {
                 let Some(more) = from.tagged(&tag)? else { continue };
-                let root = more.root()?;
-                self.one(&*more, source, root, &to.with_tag(&tag)?, options, copied)?;
+                self.one(&*more, source, more.root()?, &to.with_tag(&tag)?, options, copied)?;
+            }
+            if !options.referrers {
+                continue;
+            }
+            let index = match from.referrers(digest)? {
+                Some(index) => Some(index),
+                None => from.tagged(&name)?.map(|more| more.root()).transpose()?,
+            };
+            if let Some(index) = index {
+                // What refers to these comes along, too.
+                images.extend(self.one(from, source, index, &to.with_tag(&name)?, options, copied)?);
             }
         }
         Ok(())

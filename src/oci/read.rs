@@ -37,7 +37,8 @@ const MAX_METADATA: u64 = 256 << 20;
 /// How much is kept of what is on this machine anyway, in bytes.
 const LOCAL_CACHE: u64 = 64 * PIECE;
 
-/// The name of an image with its transport: `docker://REF`, `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]` or `dir:DIR`.
+/// The name of an image with its transport: `docker://REF`, `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `dir:DIR` or
+/// `containers-storage:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin(String);
 
@@ -50,9 +51,9 @@ impl FromStr for Origin {
         } else {
             let (transport, path) = text.split_once(':').unwrap_or_default();
             ensure!(
-                matches!(transport, "oci" | "oci-archive" | "dir"),
+                matches!(transport, "oci" | "oci-archive" | "dir" | "containers-storage"),
                 "{text:?}: not a place of an image: expected docker://REF, oci:DIR[:TAG], \
-                 oci-archive:FILE[:TAG] or dir:DIR"
+                 oci-archive:FILE[:TAG], dir:DIR or containers-storage:NAME"
             );
             ensure!(!path.is_empty() && !path.starts_with(':'), "{text:?}: no path");
         }
@@ -349,7 +350,14 @@ mod tests {
     #[test]
     fn origins() {
         let parse = |text: &str| text.parse::<Origin>();
-        for text in ["docker://h/x:1", "oci:a/b", "oci:a:h:80/x:t", "oci-archive:a:t", "dir:a:b"] {
+        for text in [
+            "docker://h/x:1",
+            "containers-storage:[vfs@/a+/b]h/x:1",
+            "oci:a/b",
+            "oci:a:h:80/x:t",
+            "oci-archive:a:t",
+            "dir:a:b",
+        ] {
             assert_eq!(parse(text).unwrap(), Origin(text.into()));
         }
         for text in ["h/x", "", "oci:", "dir:", "docker://", "docker-daemon:x"] {

@@ -143,10 +143,10 @@ impl Cache {
         Ok(())
     }
 
-    /// Gives a blob that is whole and right its name. It stays locked, but for others to read.
+    /// Gives a blob that is whole and right its name. It stays locked, but for others to read. What a crash of the machine
+    /// makes of it is found when it is used, so that nobody has to wait for the disk.
     pub(super) fn keep(&self, digest: Digest, file: &File) -> Result<()> {
         let partial = self.partial(digest);
-        file.sync_data().with_context(|| partial.display().to_string())?;
         fs::rename(&partial, self.whole(digest)).with_context(|| partial.display().to_string())?;
         Ok(flock(file, FlockOperation::LockShared)?)
     }

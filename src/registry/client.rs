@@ -21,6 +21,8 @@ use reqwest::header::{
 };
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use url::Url;
 
 use super::{Credentials, Files, Reference};
@@ -30,10 +32,10 @@ use crate::http::{Answer, Attempts, Body, Failure, Http, HttpError, Retry, STALL
 /// The longest manifest that is read, in bytes: what registries take at most.
 pub const MAX_MANIFEST: u64 = 4 << 20;
 
-/// The longest page of tags that is read, in bytes.
+/// The longest page of tags or referrers that is read, in bytes.
 const MAX_PAGE: u64 = 4 << 20;
 
-/// The most pages of tags that are read; a registry that has more repeats itself.
+/// The most of these pages that are read; a registry that has more repeats itself.
 const MAX_PAGES: usize = 10_000;
 
 /// The longest answer of a token service that is read, in bytes.
@@ -77,6 +79,8 @@ pub struct Options {
     pub stall: Duration,
     /// Bytes of a blob that are pushed with one request: what is sent again, at most, when a connection breaks.
     pub chunk: u64,
+    /// Let skopeo read images, as the `registries.conf` and the `policy.json` of the machine say.
+    pub skopeo: bool,
 }
 
 impl Default for Options {
@@ -89,6 +93,7 @@ impl Default for Options {
             retry: Retry::default(),
             stall: STALL_TIMEOUT,
             chunk: 16 << 20,
+            skopeo: false,
         }
     }
 }
@@ -300,11 +305,31 @@ impl Client {
         struct Page {
             tags: Option<Vec<String>>,
         }
+        let pages: Vec<Page> = self.pages(reference, "tags", "/list?n=1000")?;
+        Ok(pages.into_iter().filter_map(|page| page.tags).flatten().collect())
+    }
+
+    /// Descriptors of the manifests that refer to the manifest `digest` of the repository of `reference`, as the registry
+    /// has them. Nothing where it does not keep track of that.
+    pub fn referrers(&self, reference: &Reference, digest: Digest) -> Result<Option<Vec<Value>>> {
+        #[derive(Deserialize)]
+        struct Page {
+            manifests: Vec<Value>,
+        }
+        match self.pages::<Page>(reference, "referrers", &format!("/{}", digest.oci())) {
+            Ok(pages) => Ok(Some(pages.into_iter().flat_map(|page| page.manifests).collect())),
+            Err(e) if not_found(&e) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// All pages of `what` there is of the repository of `reference`.
+    fn pages<T: DeserializeOwned>(&self, reference: &Reference, what: &str, rest: &str) -> Result<Vec<T>> {
         let access = Access::pull(reference);
         let host = self.host(reference)?;
-        let at = || format!("{}: tags", reference.name());
-        let mut url = host.url(&format!("{}/tags/list?n=1000", reference.repository()))?;
-        let mut tags = Vec::new();
+        let at = || format!("{}: {what}", reference.name());
+        let mut url = host.url(&format!("{}/{what}{rest}", reference.repository()))?;
+        let mut pages = Vec::new();
         for _ in 0..MAX_PAGES {
             let read = || {
                 let answer = self.request(&host, &access, &Method::GET, &url, &[], &Payload::None)?;
@@ -315,9 +340,8 @@ impl Client {
                 Ok((answer.document(MAX_PAGE)?, next))
             };
             let (page, next) = host.http.retried(Method::GET, &url, read).with_context(at)?;
-            let page: Page = serde_json::from_slice(&page).with_context(at)?;
-            tags.extend(page.tags.unwrap_or_default());
-            let Some(next) = next else { return Ok(tags) };
+            pages.push(serde_json::from_slice(&page).with_context(at)?);
+            let Some(next) = next else { return Ok(pages) };
             url = Url::parse(&url)?.join(&next).with_context(at)?.into();
         }
         anyhow::bail!("{}: more than {MAX_PAGES} pages", at())

@@ -4,8 +4,9 @@ use std::io::{self, Read};
 
 use anyhow::{Context, Result};
 use bytes::{Buf, Bytes};
-use oci_spec::image::Descriptor;
+use oci_spec::image::{Descriptor, MediaType};
 use reqwest::{Method, StatusCode};
+use serde_json::json;
 
 use super::Transport;
 use crate::digest::Digest;
@@ -54,6 +55,17 @@ impl Transport for Docker {
             Err(e) if not_found(&e) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    fn referrers(&self, digest: Digest) -> Result<Option<Manifest>> {
+        let Some(manifests) = self.client.referrers(&self.reference, digest)?.filter(|m| !m.is_empty())
+        else {
+            return Ok(None);
+        };
+        let media_type = MediaType::ImageIndex;
+        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+        let bytes = serde_json::to_vec(&index)?;
+        Ok(Some(Manifest { digest: Digest::of(&bytes), media_type, bytes }))
     }
 
     fn reference(&self) -> Option<&Reference> {

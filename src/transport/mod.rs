@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! docker://NAME   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:NAME]   dir:DIR
+//! containers-storage:NAME   docker-daemon:NAME            (through skopeo, as all are with --skopeo)
 //! ```
 //!
 //! The names are those of skopeo and podman. A place gives manifests and blobs; what they mean, which platform is
@@ -12,6 +13,7 @@ mod docker;
 mod docker_archive;
 mod files;
 mod layout;
+mod skopeo;
 
 use std::io::Read;
 use std::path::Path;
@@ -57,6 +59,11 @@ pub trait Transport: Send + Sync {
         Ok(None)
     }
 
+    /// An index of what refers to the image `digest`, where the place keeps track of that itself.
+    fn referrers(&self, _digest: Digest) -> Result<Option<Manifest>> {
+        Ok(None)
+    }
+
     /// An OpenPGP signature of the image `digest` that lies beside it, counted from 1, if there is one.
     fn signature(&self, _digest: Digest, _number: usize) -> Result<Option<Vec<u8>>> {
         Ok(None)
@@ -73,13 +80,15 @@ pub trait Transport: Send + Sync {
 pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
     let named = || format!("image {reference}");
     let (transport, rest) = reference.split_once(':').unwrap_or(("", reference));
+    let through_skopeo = options.skopeo || matches!(transport, "containers-storage" | "docker-daemon");
     let opened: Result<Box<dyn Transport>> = match transport {
+        _ if through_skopeo => skopeo::Skopeo::open(reference, &options).map(|image| Box::new(image) as _),
         "oci" => layout::Layout::dir(rest).map(|layout| Box::new(layout) as _),
         "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
         "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
         "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
         // Skopeo knows more; such a name must not be taken for that of a repository.
-        "containers-storage" | "docker-daemon" | "ostree" | "sif" | "tarball" => {
+        "ostree" | "sif" | "tarball" => {
             Err(anyhow::anyhow!("cannot be read; skopeo copy takes it to oci:DIR"))
         }
         // What is no transport may be a registry with a port, or a name with a tag.

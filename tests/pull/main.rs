@@ -12,4 +12,7 @@ mod mirrored;
 #[allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
 #[path = "../registry/common.rs"]
 mod registry;
+#[allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
+#[path = "../registry/server.rs"]
+mod server;
 mod trees;

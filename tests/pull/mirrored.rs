@@ -1,5 +1,6 @@
 //! Mirroring images: digests stay what they are, what belongs to an image comes along, what is there is not sent again.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use crate::common::{fails, ok, rehydrator, tool};
 use crate::layers::{Layer, Tar, layout};
 use crate::registry::{Registry, noise};
+use crate::server::{Reply, Server};
 
 fn mirror(args: &[&str]) -> Command {
     let mut command = rehydrator();
@@ -131,6 +133,60 @@ fn images_are_copied_as_they_are() {
         said.contains("no image for linux/mips; there are: linux/amd64, linux/arm/v7, linux/s390x"),
         "{said}"
     );
+}
+
+/// A registry that knows itself what refers to an image, and says so in pages: a bill of materials, and its signature.
+#[test]
+fn referrers_that_the_registry_names() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut blobs = HashMap::new();
+    let digests = ["app", "sbom", "signature"].map(|name| {
+        let image = image(dir.path(), name, name.len() as u64);
+        for entry in fs::read_dir(dir.path().join(name).join("blobs/sha256")).unwrap() {
+            let bytes = fs::read(entry.unwrap().path()).unwrap();
+            blobs.insert(Digest::of(&bytes).oci(), bytes);
+        }
+        Digest::of(&raw(&image)).oci()
+    });
+    let [app, sbom, signature] = digests.clone();
+    let server = Server::start(move |request| {
+        let (path, last) = request.path.rsplit_once('/').unwrap();
+        let json = |body: Value| {
+            Reply::new(200, body.to_string())
+                .header("Content-Type", "application/vnd.oci.image.index.v1+json")
+        };
+        let one = |digest: &str| {
+            json!([{ "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
+                "size": blobs[digest].len(), "artifactType": "application/x-test" }])
+        };
+        if path == "/v2/x/referrers" {
+            let next = format!("{app}?page=2");
+            return match last {
+                last if last == app => json(json!({ "manifests": [] }))
+                    .header("Link", format!("</v2/x/referrers/{next}>; rel=\"next\"")),
+                last if last == next => json(json!({ "manifests": one(&sbom) })),
+                last if last == sbom => json(json!({ "manifests": one(&signature) })),
+                _ => json(json!({ "manifests": [] })),
+            };
+        }
+        match blobs.get(if last == "v1" { app.as_str() } else { last }) {
+            Some(bytes) => Reply::new(200, bytes.clone())
+                .header("Content-Type", "application/vnd.oci.image.manifest.v1+json"),
+            None => Reply::new(404, ""),
+        }
+    });
+    let registry = Registry::plain(dir.path());
+    let copied = format!("{}/copy", registry.address);
+    let line = said(&mut mirror(&["image", "--referrers", &format!("{}/x:v1", server.address), &copied]));
+    assert!(line.contains("images: 3, "), "{line}");
+    let [app, sbom, signature] = digests;
+    for (subject, referrer) in [(app, &sbom), (sbom.clone(), &signature)] {
+        let tag = format!("docker://{copied}:{}", subject.replace(':', "-"));
+        let index: Value = serde_json::from_slice(&raw(&tag)).unwrap();
+        assert_eq!(index["manifests"][0]["digest"], *referrer);
+        assert_eq!(index["manifests"][0]["artifactType"], "application/x-test");
+        assert_eq!(Digest::of(&raw(&format!("docker://{copied}@{referrer}"))).oci(), *referrer);
+    }
 }
 
 #[test]

@@ -263,6 +263,12 @@ impl Podman {
         command.arg("--runroot").arg(self.storage.path().join("run")).args(words).output().unwrap()
     }
 
+    /// What skopeo calls an image that it has.
+    pub fn stored(&self, name: &str) -> String {
+        let at = |dir: &str| self.storage.path().join(dir).display().to_string();
+        format!("containers-storage:[vfs@{}+{}]{name}", at("root"), at("run"))
+    }
+
     pub fn run(&self, words: &[&str]) -> Vec<u8> {
         let output = self.output(words);
         assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));

@@ -11,6 +11,7 @@ mod many;
 #[path = "../tools/release.rs"]
 mod release;
 mod server;
+mod skopeo;
 #[path = "../tools/mod.rs"]
 mod tools;
 mod trust;

@@ -7,9 +7,9 @@ use rehydrator::digest::Digest;
 use rehydrator::recipe::{Blob, SourceSpec};
 use serde_json::{Value, json};
 
-use crate::common::{PROGRAM, Registry, fails, temp};
+use crate::common::{PROGRAM, Registry, fails, noise, run, temp};
 use crate::image::{Podman, Release, stub_for};
-use crate::release::{artifact, write};
+use crate::release::{artifact, blob_of, write};
 use crate::server::{Cut, Proxy};
 use crate::tools::peak;
 use crate::trust::openpgp;
@@ -115,6 +115,30 @@ fn little_room_is_enough() {
     // Once to check it, once to use it.
     let times = proxy.down() as f64 / release.rootfs.len() as f64;
     assert!(times < 2.2, "{times} times the bytes");
+}
+
+/// docker-registry gives up an upload of which it got a part of a chunk, so that a cut costs the layers on their way.
+#[test]
+fn small_layers_cost_little_when_cut() {
+    let tmp = temp();
+    let registry = Registry::plain(tmp.path());
+    let rootfs = noise(14, 64 << 20);
+    let (blob, size) = (blob_of(&rootfs), rootfs.len() as u64);
+    let artifacts = vec![artifact("x86_64", "metal", "rootfs.pxe", 0, blob)];
+    let stream = br#"{"stream":"stable","architectures":{}}"#;
+    write(&tmp.path().join("dehydrated"), stream, artifacts, vec![SourceSpec::Stored { blob }], &[&rootfs]);
+    let (workdir, stub) = (tmp.path().to_str().unwrap(), tmp.path().join("stub"));
+    fs::write(&stub, stub_for(62)).unwrap();
+    for percent in [30, 60, 90] {
+        let proxy = Proxy::start(&registry.address, Cut::All(size * percent / 100));
+        let there = format!("docker://{}/cut{percent}:1", proxy.address);
+        let build = [PROGRAM, "build", "image", "--workdir", workdir, "-o", &there, "--tls-verify=false"];
+        run(&[&build[..], &["--max-layer=1228800", "--binary", stub.to_str().unwrap()]].concat());
+        let sent = proxy.up() as f64 / size as f64;
+        assert!(sent < 1.1, "cut at {percent} %: {sent} times the bytes");
+        let there = format!("docker://{}/cut{percent}:1", registry.address);
+        run(&[PROGRAM, "verify", "--tls-verify=false", &there]);
+    }
 }
 
 #[test]

@@ -136,6 +136,8 @@ pub enum Cut {
     Never,
     /// With this byte on its way to the target.
     Byte(u64),
+    /// All of them, with this byte on its way to the target.
+    All(u64),
     /// With the first PATCH after this byte, of which nothing arrives.
     Patch(u64),
 }
@@ -153,11 +155,12 @@ impl Proxy {
         let address = listener.local_addr().unwrap().to_string();
         let (up, down) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let (target, counts) = (target.to_owned(), (up.clone(), down.clone()));
-        let done = Arc::new(Mutex::new(cut));
+        let done = Arc::new(Mutex::new((cut, Vec::new())));
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
                 let Ok(server) = TcpStream::connect(&target) else { continue };
+                done.lock().unwrap().1.push(client.try_clone().unwrap());
                 for (from, to, count, cut) in [
                     (&client, &server, counts.0.clone(), Some(done.clone())),
                     (&server, &client, counts.1.clone(), None),
@@ -181,20 +184,26 @@ impl Proxy {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, cut: Option<&Mutex<Cut>>) {
+/// When to cut, and all connections there were.
+type Connections = Mutex<(Cut, Vec<TcpStream>)>;
+
+fn pass(mut from: TcpStream, mut to: TcpStream, count: &AtomicU64, cut: Option<&Connections>) {
     let mut buf = vec![0; 16 << 10];
     while let Ok(n @ 1..) = from.read(&mut buf) {
         let before = count.fetch_add(n as u64, Ordering::Relaxed);
         if let Some(cut) = cut {
             let mut cut = cut.lock().unwrap();
-            let now = match *cut {
+            let now = match cut.0 {
                 Cut::Never => false,
-                Cut::Byte(at) => before + n as u64 > at,
+                Cut::Byte(at) | Cut::All(at) => before + n as u64 > at,
                 Cut::Patch(at) => before > at && buf.starts_with(b"PATCH "),
             };
             if now {
-                *cut = Cut::Never;
-                let _ = from.shutdown(Shutdown::Both);
+                let all = matches!(cut.0, Cut::All(_));
+                for connection in cut.1.iter().filter(|_| all).chain([&from]) {
+                    let _ = connection.shutdown(Shutdown::Both);
+                }
+                cut.0 = Cut::Never;
                 break;
             }
         }
