@@ -5,7 +5,8 @@
 //!           (what a server says)              (what the mirror does)
 //! ```
 //!
-//! With [`images`] each stream becomes a container image, too. What oppositus did for CoreOS Container Linux, for all that came after it. `docs/mirror.md` is for those who run it.
+//! With [`images`] each stream becomes a container image, too. What oppositus did for CoreOS Container Linux, for all
+//! that came after it. `docs/mirror.md` is for those who run it.
 
 pub mod config;
 pub mod container_linux;

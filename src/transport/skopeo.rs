@@ -1,10 +1,10 @@
 //! `containers-storage:NAME`, `docker-daemon:NAME`, and with `--skopeo` any other: what skopeo reads, through its image
 //! proxy.
 //!
-//! The proxy heeds the `registries.conf` of the machine, and its `policy.json` from version 1.11 on. It gives blobs from start to end only, one
-//! at a time, and the manifest of the one image that it picks, as OCI has it. Where that, or what the storage of podman
-//! keeps of layers, is not what the image had, there is a manifest of what there is, with a digest of its own, as of an
-//! archive of docker.
+//! The proxy heeds the `registries.conf` of the machine, and its `policy.json` from version 1.11 on. It gives blobs from
+//! start to end only, one at a time, and the manifest of the one image that it picks, as OCI has it. Where that, or what
+//! the storage of podman keeps of layers, is not what the image had, there is a manifest of what there is, with a digest
+//! of its own, as of an archive of docker.
 
 use std::io::{self, Read};
 use std::sync::Arc;
