@@ -1,6 +1,7 @@
 //! Trees as `umoci unpack` and `podman export` make them: from images that buildah has made of a small system, with all
 //! that a layer can hold, in every compression and from every place.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -24,6 +25,10 @@ struct Storage {
 }
 
 impl Storage {
+    fn new(dir: &Path) -> Self {
+        Self { dir: dir.into(), run: tempfile::tempdir().unwrap() }
+    }
+
     fn tool(&self, name: &str) -> Command {
         let mut command = tool(name);
         command.arg("--root").arg(self.dir.join("root")).arg("--runroot").arg(self.run.path());
@@ -31,10 +36,11 @@ impl Storage {
         command
     }
 
-    /// Stands before names for skopeo.
-    fn prefix(&self) -> String {
+    /// Copies an image to where skopeo can write.
+    fn copy(&self, args: &[&str], name: &str, to: &str) {
         let (root, run) = (self.dir.join("root"), self.run.path());
-        format!("containers-storage:[vfs@{}+{}]", root.display(), run.display())
+        let stored = format!("containers-storage:[vfs@{}+{}]{name}", root.display(), run.display());
+        ok(tool("skopeo").args(["copy", "--quiet"]).args(args).args([&stored, to]));
     }
 
     fn buildah(&self, args: &[&str]) -> String {
@@ -163,6 +169,79 @@ fn third(root: &Path) {
     fs::remove_file(root.join("dangling")).unwrap();
 }
 
+/// A real system: the Debian 13 of ci/trixie, without what only makes it large.
+fn debian(root: &Path) {
+    let tree = ok(tool(concat!(env!("CARGO_MANIFEST_DIR"), "/ci/trixie")).arg("--where"));
+    let large = [
+        "var/cache",
+        "var/lib/apt/lists",
+        "usr/share/locale",
+        "usr/share/doc",
+        "usr/lib/cni",
+        "usr/lib/python3.13",
+        "proc/*",
+        "sys/*",
+        "dev/*",
+        "tmp/*",
+        "run/*",
+    ];
+    ok(tool("sh")
+        .args(["-ec", r#"from=$1 to=$2; shift 2; tar -C "$from" "$@" -cf - . | tar -C "$to" -xpf -"#, "sh"])
+        .args([String::from_utf8(tree).unwrap().trim().as_ref(), root.as_os_str()])
+        .args(["--xattrs", "--xattrs-include=*", "--numeric-owner", "--anchored"])
+        .args(large.map(|path| format!("--exclude=./{path}"))));
+}
+
+/// Pulls an image, and fails unless umoci and podman make the same tree of it.
+fn pull_and_compare(storage: &Storage, name: &str) -> BTreeMap<Vec<u8>, String> {
+    let at = |name: &str| storage.dir.join(name);
+    let gzip = format!("oci:{}:gzip", at("layout").display());
+    storage.copy(&["--dest-compress", "--dest-compress-format=gzip"], name, &gzip);
+    ok(pull(&gzip, &at("gzip")).env("REHYDRATOR_LOG", "off"));
+    let pulled = tree(&at("gzip"));
+    ok(tool("chroot").arg(at("gzip")).arg("/bin/true"));
+
+    let image = format!("{}:gzip", at("layout").display());
+    ok(tool("umoci").args(["unpack", "--image", &image]).arg(at("umoci")));
+    assert_same(&pulled, &tree(&at("umoci/rootfs")));
+
+    let container = ok(storage.tool("podman").args(["create", name, "/bin/true"]));
+    let container = String::from_utf8(container).unwrap();
+    ok(storage.tool("podman").args(["export", "-o"]).arg(at("export.tar")).arg(container.trim()));
+    fs::create_dir(at("podman")).unwrap();
+    let options = ["--xattrs", "--xattrs-include=*", "--numeric-owner", "-p", "-xf"];
+    ok(tool("tar").args(options).arg(at("export.tar")).arg("-C").arg(at("podman")));
+    let (mut expected, mut exported) = (pulled.clone(), tree(&at("podman")));
+    for tree in [&mut expected, &mut exported] {
+        // The mount points of the container, and the time that making them changed.
+        for name in ["", "run", "run/secrets", "proc", "sys", "etc", "dev"] {
+            tree.remove(name.as_bytes());
+        }
+        // Podman's storage keeps an attribute that a layer no longer has.
+        tree.remove(&b"owners"[..]);
+    }
+    assert_same(&expected, &exported);
+    pulled
+}
+
+#[test]
+fn a_debian_of_debootstrap() {
+    if !rooted("trees::a_debian_of_debootstrap") {
+        return;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let storage = Storage::new(dir.path());
+    storage.commit("scratch", "localhost/debian:1", debian);
+    // Packages leave: whiteouts as they are in every image that is built upon another.
+    storage.commit("localhost/debian:1", "localhost/debian:2", |root| {
+        let purge = ["dpkg", "--purge", "--force-depends", "xfsprogs", "erofs-utils"];
+        ok(tool("chroot").arg(root).args(purge).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"));
+    });
+    let pulled = pull_and_compare(&storage, "localhost/debian:2");
+    assert!(pulled.len() > 2000, "{}", pulled.len());
+    assert!(!pulled.contains_key(&b"usr/sbin/mkfs.xfs"[..]) && pulled.contains_key(&b"usr/bin/dpkg"[..]));
+}
+
 #[test]
 fn trees_are_those_of_umoci_and_podman() {
     if !rooted("trees::trees_are_those_of_umoci_and_podman") {
@@ -170,61 +249,27 @@ fn trees_are_those_of_umoci_and_podman() {
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let at = |name: &str| dir.path().join(name);
-    let storage = Storage { dir: at("storage"), run: tempfile::tempdir().unwrap() };
+    let storage = Storage::new(dir.path());
     storage.commit("scratch", "localhost/test:1", system);
     storage.commit("localhost/test:1", "localhost/test:2", second);
     storage.commit("localhost/test:2", "localhost/test:3", third);
-    let stored = format!("{}localhost/test:3", storage.prefix());
-    let copy = |args: &[&str], from: &str, to: &str| {
-        ok(tool("skopeo").args(["copy", "--quiet"]).args(args).args([from, to]));
-    };
-    let gzip = format!("oci:{}:gzip", at("layout").display());
-    copy(&["--dest-compress", "--dest-compress-format=gzip"], &stored, &gzip);
-
-    ok(pull(&gzip, &at("gzip")).env("REHYDRATOR_LOG", "off"));
-    let pulled = tree(&at("gzip"));
-    ok(tool("chroot").arg(at("gzip")).arg("/bin/true"));
-
-    ok(tool("umoci")
-        .args(["unpack", "--image"])
-        .arg(format!("{}:gzip", at("layout").display()))
-        .arg(at("umoci")));
-    assert_same(&pulled, &tree(&at("umoci/rootfs")));
-
-    let container = ok(storage.tool("podman").args(["create", "localhost/test:3", "/bin/true"]));
-    let container = String::from_utf8(container).unwrap();
-    ok(storage.tool("podman").args(["export", "-o"]).arg(at("export.tar")).arg(container.trim()));
-    fs::create_dir(at("podman")).unwrap();
-    let options = ["--xattrs", "--xattrs-include=*", "--numeric-owner", "-p", "-xf"];
-    ok(tool("tar").args(options).arg(at("export.tar")).arg("-C").arg(at("podman")));
-    let mut exported = tree(&at("podman"));
-    // The mount points of the container, and the time that making them changed.
-    for name in ["run", "run/secrets", "proc", "sys", "etc", "dev"] {
-        exported.remove(name.as_bytes()).map(|_| ()).unwrap_or_default();
-    }
-    let mut expected = pulled.clone();
-    expected.remove(&b"dev"[..]);
-    expected.remove(&b""[..]);
-    exported.remove(&b""[..]);
-    // Podman's storage keeps an attribute that a layer no longer has.
-    for tree in [&mut exported, &mut expected] {
-        assert!(tree.remove(&b"owners"[..]).is_some());
-    }
-    assert_same(&expected, &exported);
+    let image = "localhost/test:3";
+    let pulled = pull_and_compare(&storage, image);
+    assert!(pulled.contains_key(&b"owners"[..]));
 
     // The same tree from wherever it comes, and however it is compressed.
     let zstd = format!("oci:{}:zstd", at("layout").display());
-    copy(&["--dest-compress", "--dest-compress-format=zstd"], &stored, &zstd);
+    storage.copy(&["--dest-compress", "--dest-compress-format=zstd"], image, &zstd);
     let chunked = format!("oci:{}", at("chunked").display());
-    copy(&["--dest-compress", "--dest-compress-format=zstd:chunked"], &stored, &chunked);
+    storage.copy(&["--dest-compress", "--dest-compress-format=zstd:chunked"], image, &chunked);
     let raw = ok(tool("skopeo").args(["inspect", "--raw", &chunked]));
     assert!(String::from_utf8_lossy(&raw).contains("zstd-chunked.manifest-checksum"));
     let mut places = vec![zstd, chunked];
     for (transport, name) in [("oci-archive", "oci.tar"), ("docker-archive", "docker.tar"), ("dir", "dir")] {
         let reference = format!("{transport}:{}", at(name).display());
-        copy(
+        storage.copy(
             &[],
-            &stored,
+            image,
             &if transport == "docker-archive" { format!("{reference}:test:3") } else { reference.clone() },
         );
         places.push(reference);
