@@ -11,7 +11,7 @@ use rehydrator::digest::Digest;
 use rehydrator::registry::{Client, Credentials, Manifest, Options, Pushed, Reference, not_found};
 use serde_json::json;
 
-use crate::common::{PROGRAM, Registry, fails, insecure, noise, run, temp};
+use crate::common::{GOOGLE_KEY, PROGRAM, Registry, fails, insecure, noise, run, temp};
 use crate::server::{Cut, Proxy, Reply, Server};
 use crate::tools::Nginx;
 
@@ -252,6 +252,31 @@ fn a_credential_helper() {
         assert_eq!(fs::read_to_string(&asked).unwrap(), registry.address);
         fs::remove_file(&asked).unwrap();
     }
+}
+
+#[test]
+fn a_key_of_google_is_who_we_are() {
+    let tmp = temp();
+    let registry = Registry::secure(tmp.path());
+    let name = registry.reference("project/x:1");
+    let manifest = push_image(&registry.client(), &name, &tar(b"1"));
+    let key = tmp.path().join("account.json");
+    let (certs, name) = (format!("--cert-dir={}", registry.certs().display()), name.to_string());
+    let auth = format!("--auth={}", key.display());
+    fs::write(&key, GOOGLE_KEY).unwrap();
+    assert_eq!(run(&[PROGRAM, "digest", &name, &certs, &auth]).trim(), manifest.digest.oci());
+    run(&[
+        PROGRAM,
+        "pull",
+        &name,
+        &tmp.path().join("pulled").display().to_string(),
+        &certs,
+        &auth,
+        "--cache=no",
+    ]);
+    fs::write(&key, GOOGLE_KEY.replace("secret", "other")).unwrap();
+    let said = fails(&[PROGRAM, "digest", &name, &certs, &auth]);
+    assert!(said.contains("401") && !said.contains("other"), "{said}");
 }
 
 #[test]

@@ -14,8 +14,13 @@ use tempfile::TempDir;
 /// The program: static when the tests are built as ci/build builds.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_rehydrator");
 
-/// What `htpasswd -nbB` prints for the user `user` with the password `secret`.
-const PASSWORDS: &str = "user:$2b$04$1AgMYv4sCvj3QV3QrMMSFeS.ac/JsTUVDjZe3XqotO9xLjfQIUpbW\n";
+/// The key of a service account of Google's, short enough for bcrypt.
+pub const GOOGLE_KEY: &str = r#"{"type": "service_account", "private_key": "secret"}"#;
+
+/// What `htpasswd -nbB` prints for the user `user` with the password `secret`, and for `_json_key` with [`GOOGLE_KEY`], as
+/// Google's registries take it.
+const PASSWORDS: &str = "user:$2b$04$1AgMYv4sCvj3QV3QrMMSFeS.ac/JsTUVDjZe3XqotO9xLjfQIUpbW\n\
+                         _json_key:$2y$04$7nnQpcxfTxhDrNa/XQzYG.EQoGMb83zZ2yUGFTfztNWzHJUP0POxi\n";
 
 pub fn output(command: &[&str]) -> Output {
     Command::new(command[0])
