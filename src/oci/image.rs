@@ -1,13 +1,15 @@
 //! Builds the container image from a dehydrated directory and an executable; the layers are described in [`super`].
 //!
-//! Data is copied from file to file and checked on the way: an image never holds a blob whose digest is not its name.
+//! Data is checked before the image gets a name: it never holds a blob whose digest is not its name. Into a layout it is
+//! copied on the way; to a registry it is sent from where it lies.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use flate2::{Compression, GzBuilder};
@@ -19,7 +21,7 @@ use oci_spec::image::{
 use serde::Deserialize;
 
 use super::layer::TarLayer;
-use super::layout::{Destination, Staging, Target, parent};
+use super::layout::{Destination, Staging, Target};
 use super::sign::{Signing, cosign, cosign_tag, simple_sign};
 use super::{
     ANNOTATION_ARCHITECTURES, ANNOTATION_ARTIFACTS, ANNOTATION_FILES, ANNOTATION_STREAM, DATA, PROGRAM, elf,
@@ -29,7 +31,7 @@ use crate::digest::{Digest, Hasher};
 use crate::progress::{Mode, Progress};
 use crate::recipe::{Blob, Index};
 use crate::registry::{self, Client, Options, Reference};
-use crate::source::{Reader, Slice};
+use crate::source::{self, Reader, Slice, Source};
 use crate::store::{self, Store};
 use crate::transport;
 
@@ -145,7 +147,7 @@ impl Build<'_> {
         let groups = group(&store.index, self.max_layer)?;
         let staging = match &target {
             Target::Layout(destination) => Staging::new(destination.clone())?,
-            Target::Registry(_) => Staging::passing(parent(self.dehydrated))?,
+            Target::Registry(_) => Staging::passing(),
         };
 
         let programs = self.programs.iter().map(|program| program_layer(&staging, program, self.time));
@@ -502,7 +504,7 @@ fn no_room(max: u64) -> String {
     format!("the blobs do not fit into {MAX_DATA_LAYERS} layers of {max} bytes")
 }
 
-/// A layer that is staged.
+/// A layer that has been added.
 #[derive(Clone)]
 struct Layer {
     descriptor: Descriptor,
@@ -512,24 +514,34 @@ struct Layer {
     what: String,
 }
 
+/// A file of a layer of data or metadata.
+struct Entry {
+    /// Its path below [`DATA`].
+    name: String,
+    content: Arc<dyn Source>,
+    /// What must be in it, where that is not known to be so.
+    expected: Option<Digest>,
+}
+
 /// The program, and the architecture it is for.
 fn program_layer(staging: &Staging, program: &Program, time: u64) -> Result<(Arch, Layer)> {
     let at = || format!("program {}", program.path.display());
-    let file = File::open(&program.path).with_context(at)?;
-    let size = file.metadata().with_context(at)?.len();
+    let file = File::open(&program.path).and_then(source::File::new).with_context(at)?;
     let mut head = Vec::new();
-    (&file).take(elf::HEAD).read_to_end(&mut head).with_context(at)?;
+    Reader::new(&file).take(elf::HEAD).read_to_end(&mut head).with_context(at)?;
     let arch = elf::static_executable(&head).with_context(at)?;
     if let Some(expected) = program.arch.as_ref().filter(|expected| **expected != arch.to_string()) {
         bail!("{}: it is for {arch}, not for {expected}", at());
     }
 
+    let mut tar = TarLayer::new(time);
+    tar.file(PROGRAM, 0o755, Arc::new(file), None).with_context(at)?;
+    let tar = tar.finish()?;
     let (descriptor, plain) = staging.blob(MediaType::ImageLayerGzip, |out| {
         // No name and no time in the header, so that only the content decides.
-        let mut gzip = GzBuilder::new().write(out, Compression::best());
-        let mut tar = TarLayer::new(Hasher::new(&mut gzip), time);
-        tar.file(PROGRAM, 0o755, size, head.chain(&file)).with_context(at)?;
-        let (plain, _) = tar.finish()?.finish();
+        let mut out = Hasher::new(GzBuilder::new().write(out, Compression::best()));
+        tar.write(&mut out).with_context(at)?;
+        let (gzip, plain, _) = out.into_parts();
         gzip.finish()?;
         Ok(plain)
     })?;
@@ -538,17 +550,12 @@ fn program_layer(staging: &Staging, program: &Program, time: u64) -> Result<(Arc
 
 /// The metadata: everything of the dehydrated directory but the blobs.
 fn metadata_layer(staging: &Staging, store: &Store, time: u64) -> Result<Layer> {
-    let files = store.metadata()?;
-    data_or_metadata(staging, "metadata".into(), None, time, |tar| {
-        files
-            .into_iter()
-            .map(|(name, content)| {
-                let (_, offset) =
-                    tar.file(&format!("{DATA}/{name}"), 0o644, content.len() as u64, &*content)?;
-                Ok((name, offset, content.len() as u64))
-            })
-            .collect()
-    })
+    let files = store.metadata()?.into_iter().map(|(name, content)| Entry {
+        name,
+        content: Arc::new(content),
+        expected: None,
+    });
+    data_or_metadata(staging, "metadata".into(), None, time, files.collect())
 }
 
 /// The blobs of a group.
@@ -557,50 +564,44 @@ fn data_layer(staging: &Staging, store: &Store, group: &Group, time: u64) -> Res
     let artifacts: BTreeSet<_> =
         group.artifacts.iter().map(|&i| index.artifacts[i].output.name.as_str()).collect();
     let artifacts = list(artifacts)?;
-    data_or_metadata(staging, format!("data of {artifacts}"), Some(artifacts), time, |tar| {
-        group
-            .blobs
-            .iter()
-            .map(|piece| {
-                let (name, expected) = (piece.path(), piece.blob);
-                let blob = || format!("blob {}", expected.sha256);
-                let file = store.blob(&expected)?;
-                let content = Slice::new(file.clone(), piece.offset, piece.size).with_context(blob)?;
-                let (found, offset) = tar
-                    .file(&format!("{DATA}/{name}"), 0o644, piece.size, Reader::new(&content))
-                    .with_context(blob)?;
-                match piece.part {
-                    None => store::matches(&blob(), &found, &expected)?,
-                    // What is in parts is checked once more than it is written.
-                    Some(0) => store.verify(&expected)?,
-                    Some(_) => {}
-                }
-                Ok((name, offset, piece.size))
-            })
-            .collect()
-    })
+    let files = group.blobs.iter().map(|piece| {
+        let blob = piece.blob;
+        // What is in parts is checked once more than it is written.
+        if piece.part == Some(0) {
+            store.verify(&blob)?;
+        }
+        let at = || format!("blob {}", blob.sha256);
+        let content = Slice::new(store.blob(&blob)?, piece.offset, piece.size).with_context(at)?;
+        let expected = piece.part.is_none().then_some(blob.sha256);
+        Ok(Entry { name: piece.path(), content: Arc::new(content), expected })
+    });
+    let files = files.collect::<Result<_>>()?;
+    data_or_metadata(staging, format!("data of {artifacts}"), Some(artifacts), time, files)
 }
 
-/// An uncompressed layer; `write` writes its files and returns name, offset and size of each.
+/// An uncompressed layer of `files`.
 fn data_or_metadata(
     staging: &Staging,
     what: String,
     artifacts: Option<String>,
     time: u64,
-    write: impl FnOnce(&mut TarLayer<Hasher<&mut dyn Write>>) -> Result<Vec<(String, u64, u64)>>,
+    files: Vec<Entry>,
 ) -> Result<Layer> {
-    let (mut descriptor, (plain, files)) = staging.blob(MediaType::ImageLayer, |out| {
-        let mut tar = TarLayer::new(Hasher::new(out), time);
-        let files = write(&mut tar)?;
-        Ok((tar.finish()?.finish().0, files))
-    })?;
-    let files = files.into_iter().map(|(name, offset, size)| format!("{name}@{offset}+{size}"));
-    let files = list(files.collect::<Vec<_>>().iter().map(String::as_str))?;
+    let mut tar = TarLayer::new(time);
+    let places = files.into_iter().map(|Entry { name, content, expected }| {
+        let size = content.len();
+        let offset = tar.file(&format!("{DATA}/{name}"), 0o644, content, expected)?;
+        Ok(format!("{name}@{offset}+{size}"))
+    });
+    let places = places.collect::<Result<Vec<_>>>()?;
+    let places = list(places.iter().map(String::as_str))?;
+    let mut descriptor = staging.layer(tar.finish()?)?;
     let annotations = HashMap::from_iter(
-        [(ANNOTATION_FILES.to_string(), files)]
+        [(ANNOTATION_FILES.to_string(), places)]
             .into_iter()
             .chain(artifacts.map(|names| (ANNOTATION_ARTIFACTS.to_string(), names))),
     );
+    let plain = descriptor.digest().to_string().parse()?;
     descriptor.set_annotations(Some(annotations));
     Ok(Layer { descriptor, plain, what })
 }

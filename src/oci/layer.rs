@@ -1,60 +1,104 @@
-//! Writes a layer of the image: a tar file in which nothing depends on the machine that made it.
+//! A layer of the image: a tar file in which nothing depends on the machine that made it.
 
 use std::collections::BTreeSet;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 
-use crate::digest::Hasher;
-use crate::recipe::Blob;
+use crate::digest::{Digest, Hasher};
+use crate::source::{Concat, Reader, Source};
 
-/// A layer that is being written.
-pub(super) struct TarLayer<W: Write> {
-    tar: tar::Builder<Counter<W>>,
+/// A layer that is being put together. Nothing is copied: it is of headers, and of contents where they lie.
+pub(super) struct TarLayer {
+    /// Headers go through its buffer.
+    headers: tar::Builder<Vec<u8>>,
+    parts: Vec<Part>,
+    /// Bytes so far.
+    len: u64,
     time: u64,
     dirs: BTreeSet<String>,
 }
 
-impl<W: Write> TarLayer<W> {
-    /// Writes to `out`. Everything in the layer will have been changed at `time`, in seconds of the epoch.
-    pub(super) fn new(out: W, time: u64) -> Self {
-        Self { tar: tar::Builder::new(Counter { inner: out, count: 0 }), time, dirs: BTreeSet::new() }
+/// A part of a layer.
+struct Part {
+    source: Arc<dyn Source>,
+    /// What must be found in it, and its name in an error.
+    expected: Option<(Digest, String)>,
+}
+
+impl TarLayer {
+    /// Everything in the layer will have been changed at `time`, in seconds of the epoch.
+    pub(super) fn new(time: u64) -> Self {
+        let headers = tar::Builder::new(Vec::new());
+        Self { headers, parts: Vec::new(), len: 0, time, dirs: BTreeSet::new() }
     }
 
-    /// Adds a file, and the directories above it, at `path`, an absolute one. Returns what `content` was found to be,
-    /// and the offset in the layer where it begins. It must be of `size` bytes: one of another size is an error, and
-    /// the layer is of no use then.
+    /// Adds a file, and the directories above it, at `path`, an absolute one. Returns the offset in the layer where its
+    /// content begins. That it is `expected` is found out when the layer is written.
     pub(super) fn file(
         &mut self,
         path: &str,
         mode: u32,
-        size: u64,
-        content: impl Read,
-    ) -> Result<(Blob, u64)> {
+        content: Arc<dyn Source>,
+        expected: Option<Digest>,
+    ) -> io::Result<u64> {
         let path = path.trim_start_matches('/');
         for (end, _) in path.match_indices('/') {
             let dir = &path[..end];
             if !self.dirs.contains(dir) {
                 let mut header = tar_header(tar::EntryType::Directory, 0o755, 0, self.time);
-                self.tar.append_data(&mut header, format!("{dir}/"), io::empty())?;
+                self.headers.append_data(&mut header, format!("{dir}/"), io::empty())?;
                 self.dirs.insert(dir.to_string());
             }
         }
-        let mut content = Tee { inner: content.take(size.saturating_add(1)), copy: Hasher::new(io::sink()) };
+        let size = content.len();
         let mut header = tar_header(tar::EntryType::Regular, mode, size, self.time);
-        self.tar.append_data(&mut header, path, &mut content)?;
-        let (sha256, found) = content.copy.finish();
-        ensure!(
-            found == size,
-            "expected {size} bytes, found {}",
-            if found > size { "more" } else { "fewer" }
-        );
-        Ok((Blob { sha256, size }, self.tar.get_ref().count - size.next_multiple_of(512)))
+        self.headers.append_data(&mut header, path, io::empty())?;
+        let header = std::mem::take(self.headers.get_mut());
+        self.push(Arc::new(header), None);
+        let offset = self.len;
+        self.push(content, expected.map(|digest| (digest, path.to_owned())));
+        let padding = size.next_multiple_of(512) - size;
+        self.push(Arc::new(vec![0; padding as usize]), None);
+        Ok(offset)
     }
 
-    /// Ends the layer, and gives back what it was written to.
-    pub(super) fn finish(self) -> Result<W> {
-        Ok(self.tar.into_inner()?.inner)
+    fn push(&mut self, source: Arc<dyn Source>, expected: Option<(Digest, String)>) {
+        self.len += source.len();
+        self.parts.push(Part { source, expected });
+    }
+
+    /// Ends the layer.
+    pub(super) fn finish(mut self) -> io::Result<Tar> {
+        let end = self.headers.into_inner()?;
+        self.parts.push(Part { source: Arc::new(end), expected: None });
+        Ok(Tar(self.parts))
+    }
+}
+
+/// A layer that is complete.
+pub(super) struct Tar(Vec<Part>);
+
+impl Tar {
+    /// Writes it. An error where a file is not what it is expected to be; what was written is of no use then.
+    pub(super) fn write(&self, mut out: impl Write) -> Result<()> {
+        for Part { source, expected } in &self.0 {
+            let mut content = Reader::new(&**source);
+            let Some((expected, name)) = expected else {
+                io::copy(&mut content, &mut out)?;
+                continue;
+            };
+            let mut hasher = Hasher::new(&mut out);
+            io::copy(&mut content, &mut hasher).with_context(|| name.clone())?;
+            hasher.finish().0.must_be(*expected).with_context(|| name.clone())?;
+        }
+        Ok(())
+    }
+
+    /// All of it.
+    pub(super) fn into_source(self) -> io::Result<Concat> {
+        Concat::new(self.0.into_iter().map(|part| part.source).collect())
     }
 }
 
@@ -70,67 +114,40 @@ pub(super) fn tar_header(kind: tar::EntryType, mode: u32, size: u64, time: u64) 
     header
 }
 
-/// A writer that counts what passes through it.
-struct Counter<W> {
-    inner: W,
-    count: u64,
-}
-
-impl<W: Write> Write for Counter<W> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(buf)?;
-        self.count += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-}
-
-/// A reader that writes what passes through it to `copy`.
-struct Tee<R, W> {
-    inner: R,
-    copy: W,
-}
-
-impl<R: Read, W: Write> Read for Tee<R, W> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        self.copy.write_all(&buf[..n])?;
-        Ok(n)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
-    use crate::digest::Digest;
 
     #[test]
     fn offsets_and_digests() {
-        let mut layer = TarLayer::new(Vec::new(), 7);
+        let mut layer = TarLayer::new(7);
         let long = format!("/a/b/{}", "x".repeat(200));
         let files: Vec<(&str, &[u8])> = vec![("/a/one", b"1"), ("/a/b/none", b""), (&long, &[5; 513])];
-        let found: Vec<_> = files
-            .iter()
-            .map(|(path, content)| layer.file(path, 0o644, content.len() as u64, *content).unwrap())
-            .collect();
-        let bytes = layer.finish().unwrap();
-        for ((blob, offset), (path, content)) in found.into_iter().zip(files) {
-            assert_eq!(blob.sha256, Digest::of(content), "{path}");
-            assert_eq!(&bytes[offset as usize..][..blob.size as usize], content, "{path}");
+        let mut add = |(path, content): &(&str, &[u8])| {
+            layer.file(path, 0o644, Arc::new(content.to_vec()), Some(Digest::of(content))).unwrap()
+        };
+        let offsets: Vec<_> = files.iter().map(&mut add).collect();
+        let (tar, mut bytes, mut all) = (layer.finish().unwrap(), Vec::new(), Vec::new());
+        tar.write(&mut bytes).unwrap();
+        Reader::new(&tar.into_source().unwrap()).read_to_end(&mut all).unwrap();
+        assert!(bytes == all);
+        for (offset, (path, content)) in offsets.into_iter().zip(&files) {
+            assert_eq!(&bytes[offset as usize..][..content.len()], *content, "{path}");
         }
+        let mut archive = tar::Archive::new(&bytes[..]);
+        let entries = archive.entries().unwrap().map(|entry| entry.unwrap());
+        let names: Vec<_> = entries.map(|entry| format!("/{}", entry.path().unwrap().display())).collect();
+        assert_eq!(names, ["/a/", "/a/one", "/a/b/", "/a/b/none", &long]);
         assert_eq!(bytes.len() % 512, 0);
     }
 
     #[test]
-    fn another_size() {
-        for content in [&b"12"[..], b"1234", &[0; 5000]] {
-            let mut layer = TarLayer::new(Vec::new(), 0);
-            let e = layer.file("/a", 0o644, 3, content).unwrap_err().to_string();
-            let expected = if content.len() < 3 { "fewer" } else { "more" };
-            assert_eq!(e, format!("expected 3 bytes, found {expected}"));
-        }
+    fn content_that_is_not_what_it_should_be() {
+        let mut layer = TarLayer::new(0);
+        layer.file("/a", 0o644, Arc::new(vec![1]), Some(Digest::of(&[2]))).unwrap();
+        let e = format!("{:#}", layer.finish().unwrap().write(io::sink()).unwrap_err());
+        assert!(e.starts_with("a: sha256 mismatch: expected "), "{e}");
     }
 }

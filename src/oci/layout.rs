@@ -1,17 +1,19 @@
-//! The place a new image goes to: an OCI image layout, as a directory or as one tar file.
+//! The place a new image goes to: an OCI image layout, as a directory or as one tar file; or a registry, for which nothing
+//! is written.
 //!
-//! Everything is written into a staging directory beside the destination, under no name that anyone looks for, and
+//! For a layout, everything is written into a staging directory beside the destination, under no name that anyone looks for, and
 //! gets its final name when it is complete and on disk. A layout that is there already keeps its other tags.
 //! The format is the [image layout](https://github.com/opencontainers/image-spec/blob/v1.1.0/image-layout.md) of the
 //! OCI image specification; the names of destinations are those of skopeo and podman.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, MediaType};
@@ -19,9 +21,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
 
-use super::layer::tar_header;
+use super::layer::{Tar, tar_header};
 use crate::digest::{Digest, Hasher};
 use crate::registry::{Reference, TRANSPORT};
+use crate::source::{self, Source};
 use crate::transport::{
     BLOBS, DEFAULT_TAG, INDEX, LAYOUT, MAX_DOCUMENT, blob_path, check_version, oci_digest,
 };
@@ -96,10 +99,18 @@ impl FromStr for Destination {
     }
 }
 
-/// An image that is being written.
-pub struct Staging {
-    /// None where it does not stay here.
-    dest: Option<Destination>,
+/// An image that is being put together.
+pub struct Staging(Place);
+
+enum Place {
+    Files(Files),
+    /// Nothing is written anywhere: documents and what is compressed are in memory, layers of data where they lie.
+    Passing(Mutex<HashMap<Digest, Arc<dyn Source>>>),
+}
+
+/// Files on their way into a layout.
+struct Files {
+    dest: Destination,
     /// The destination is a directory that is there already; new files are staged inside, since it may be a mount.
     in_place: bool,
     dir: TempDir,
@@ -130,20 +141,27 @@ impl Staging {
             .tempdir_in(beside)
             .with_context(at)?;
         fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
-        Ok(Self { dest: Some(dest), in_place, dir })
+        Ok(Self(Place::Files(Files { dest, in_place, dir })))
     }
 
-    /// Starts an image that will be sent elsewhere; until then it is in `dir`, under no name that anyone looks for.
-    pub fn passing(dir: &Path) -> Result<Self> {
-        let at = || format!("an image in {}", dir.display());
-        let dir = tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(dir).with_context(at)?;
-        fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
-        Ok(Self { dest: None, in_place: false, dir })
+    /// Starts an image that will be sent elsewhere.
+    pub fn passing() -> Self {
+        Self(Place::Passing(Mutex::default()))
     }
 
-    /// The file of a blob that was added.
-    pub fn file(&self, digest: Digest) -> PathBuf {
-        self.dir.path().join(blob_path(digest))
+    /// The content of a blob that was added.
+    pub(super) fn content(&self, digest: Digest) -> Result<Arc<dyn Source>> {
+        let content = match &self.0 {
+            Place::Files(files) => {
+                let path = files.dir.path().join(blob_path(digest));
+                let file = File::open(&path).and_then(source::File::new);
+                Some(Arc::new(file.with_context(|| path.display().to_string())?) as Arc<dyn Source>)
+            }
+            Place::Passing(blobs) => {
+                blobs.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned()
+            }
+        };
+        content.with_context(|| format!("{}: not a part of the image", digest.oci()))
     }
 
     /// Adds the blob that `write` writes, and returns its descriptor along with what `write` returned.
@@ -152,13 +170,35 @@ impl Staging {
         media_type: MediaType,
         write: impl FnOnce(&mut dyn Write) -> Result<T>,
     ) -> Result<(Descriptor, T)> {
-        let mut file = new_file(&self.dir.path().join(BLOBS))?;
-        let mut out = BufWriter::with_capacity(BUFFER, Hasher::new(file.as_file_mut()));
-        let value = write(&mut out)?;
-        let (digest, size) = out.into_inner().map_err(io::IntoInnerError::into_error)?.finish();
-        file.as_file().sync_all()?;
-        file.persist(self.dir.path().join(blob_path(digest)))?;
+        let (digest, size, value) = match &self.0 {
+            Place::Files(files) => files.blob(write)?,
+            Place::Passing(blobs) => {
+                let mut out = Hasher::new(Vec::new());
+                let value = write(&mut out)?;
+                let (bytes, digest, size) = out.into_parts();
+                pass(blobs, digest, Arc::new(bytes));
+                (digest, size, value)
+            }
+        };
         Ok((Descriptor::new(media_type, size, oci_digest(digest)?), value))
+    }
+
+    /// Adds a layer as it is, uncompressed, after it has been checked.
+    pub(super) fn layer(&self, tar: Tar) -> Result<Descriptor> {
+        let (digest, size) = match &self.0 {
+            Place::Files(files) => {
+                let (digest, size, ()) = files.blob(|out| tar.write(out))?;
+                (digest, size)
+            }
+            Place::Passing(blobs) => {
+                let mut out = Hasher::new(io::sink());
+                tar.write(&mut out)?;
+                let (digest, size) = out.finish();
+                pass(blobs, digest, Arc::new(tar.into_source()?));
+                (digest, size)
+            }
+        };
+        Ok(Descriptor::new(MediaType::ImageLayer, size, oci_digest(digest)?))
     }
 
     /// Adds a JSON document. Its digest is that of its content alone: `oci_spec` keeps annotations in hash maps, so
@@ -177,19 +217,36 @@ impl Staging {
     /// that had the name loses it, and its blobs stay, as with skopeo; a file is replaced. `others` are further
     /// images, with their tags.
     pub fn publish(self, root: Descriptor, others: Vec<(String, Descriptor)>) -> Result<()> {
-        // One without a destination has nothing to publish.
-        let Some(dest) = self.dest.clone() else { return Ok(()) };
-        self.place(&dest, root, others).with_context(|| format!("image {}", dest.path.display()))
+        match self.0 {
+            Place::Files(files) => {
+                let at = format!("image {}", files.dest.path.display());
+                files.publish(root, others).context(at)
+            }
+            Place::Passing(_) => Ok(()),
+        }
+    }
+}
+
+/// Keeps a blob for the time that it is sent.
+fn pass(blobs: &Mutex<HashMap<Digest, Arc<dyn Source>>>, digest: Digest, content: Arc<dyn Source>) {
+    blobs.lock().unwrap_or_else(PoisonError::into_inner).insert(digest, content);
+}
+
+impl Files {
+    /// Adds the blob that `write` writes: digest and size, and what `write` returned.
+    fn blob<T>(&self, write: impl FnOnce(&mut dyn Write) -> Result<T>) -> Result<(Digest, u64, T)> {
+        let mut file = new_file(&self.dir.path().join(BLOBS))?;
+        let mut out = BufWriter::with_capacity(BUFFER, Hasher::new(file.as_file_mut()));
+        let value = write(&mut out)?;
+        let (digest, size) = out.into_inner().map_err(io::IntoInnerError::into_error)?.finish();
+        file.as_file().sync_all()?;
+        file.persist(self.dir.path().join(blob_path(digest)))?;
+        Ok((digest, size, value))
     }
 
-    fn place(
-        self,
-        destination: &Destination,
-        root: Descriptor,
-        others: Vec<(String, Descriptor)>,
-    ) -> Result<()> {
-        let (stage, dest) = (self.dir.path(), destination.path.as_path());
-        let mut index = with_tag(read_index(dest)?, &destination.tag, root)?;
+    fn publish(self, root: Descriptor, others: Vec<(String, Descriptor)>) -> Result<()> {
+        let (stage, dest) = (self.dir.path(), self.dest.path.as_path());
+        let mut index = with_tag(read_index(dest)?, &self.dest.tag, root)?;
         for (tag, image) in others {
             index = with_tag(index, &tag, image)?;
         }
@@ -205,7 +262,7 @@ impl Staging {
         }
         replace(stage, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
         replace(stage, INDEX, &index)?;
-        if destination.archive {
+        if self.dest.archive {
             let mut file = new_file(parent(dest))?;
             archive(stage, BufWriter::with_capacity(BUFFER, file.as_file_mut()))?;
             file.as_file().sync_all()?;
@@ -388,7 +445,8 @@ mod tests {
             bail!("broken")
         });
         assert_eq!(failed.unwrap_err().to_string(), "broken");
-        assert_eq!(blob_names(staging.dir.path()).unwrap().len(), 0);
+        let Staging(Place::Files(files)) = &staging else { panic!() };
+        assert_eq!(blob_names(files.dir.path()).unwrap().len(), 0);
         drop(staging);
         assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
     }

@@ -1,19 +1,19 @@
-//! Sends an image that was staged to a registry: blobs first, several at once, then what refers to them, and the tag
+//! Sends an image that was put together to a registry: blobs first, several at once, then what refers to them, and the tag
 //! last, so that whoever sees it can have all of the image.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use oci_spec::image::Descriptor;
 
 use super::layout::Staging;
 use crate::digest::Digest;
 use crate::progress::Progress;
 use crate::registry::{Client, Manifest, Pushed, Reference};
+use crate::source::Reader;
 
 /// How many blobs are sent at once.
 const PARALLEL: usize = 3;
@@ -35,11 +35,11 @@ pub(super) fn blobs(
     let work = || {
         while let Some(blob) = left.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             let digest: Digest = blob.digest().to_string().parse()?;
-            let path = staging.file(digest);
+            let content = staging.content(digest)?;
             let open = |offset: u64| -> std::io::Result<Box<dyn Read + '_>> {
-                let mut file = File::open(&path)?;
-                file.seek(SeekFrom::Start(offset))?;
-                Ok(Box::new(file))
+                let mut reader = Reader::new(&*content);
+                reader.seek(SeekFrom::Start(offset))?;
+                Ok(Box::new(reader))
             };
             let sent = |n| task.advance(n);
             if client.push_blob(to, digest, blob.size(), &[], &open, &sent)? != Pushed::Sent {
@@ -69,7 +69,7 @@ pub(super) fn blobs(
     }
 }
 
-/// Sends a manifest that was staged, under the tag or digest of `to`.
+/// Sends a manifest of an image, under the tag or digest of `to`.
 pub(super) fn manifest(
     staging: &Staging,
     client: &Client,
@@ -77,7 +77,7 @@ pub(super) fn manifest(
     manifest: &Descriptor,
 ) -> Result<()> {
     let digest: Digest = manifest.digest().to_string().parse()?;
-    let path = staging.file(digest);
-    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let mut bytes = Vec::new();
+    Reader::new(&*staging.content(digest)?).read_to_end(&mut bytes)?;
     client.push_manifest(to, &Manifest { bytes, media_type: manifest.media_type().clone(), digest })
 }

@@ -96,7 +96,11 @@ impl Release {
             fs::write(&stub, stub_for(62)).unwrap();
             command.extend(["--binary", &stub]);
         }
-        run(&[&command[..], options].concat()).split(' ').next().unwrap().to_owned()
+        // On the way to a registry, nothing is written anywhere but signatures.
+        let limit = ["sh", "-c", r#"ulimit -f 0; exec "$@""#, "sh"];
+        let passes = output.starts_with("docker://") && !options.contains(&"--sign-key");
+        let before = if passes { &limit[..] } else { &[] };
+        run(&[before, &command[..], options].concat()).split(' ').next().unwrap().to_owned()
     }
 
     /// Runs this program with the given stdout; a failure fails the test.
@@ -121,11 +125,6 @@ fn straight_into_a_registry_and_out_of_it() {
     assert_eq!(digest, release.build(&format!("oci:{}", release.text("layout")), &[]));
     // The second time everything is there.
     assert_eq!(digest, release.build(&there, &refs(&flags)));
-    assert!(
-        !fs::read_dir(release.tmp.path())
-            .unwrap()
-            .any(|e| { e.unwrap().file_name().to_str().unwrap().starts_with(".rehydrator-") })
-    );
     let skopeo = [&["skopeo", "inspect"][..], &refs(&flags), &[&there]].concat();
     let inspect: Value = serde_json::from_str(&run(&skopeo)).unwrap();
     assert_eq!(inspect["Digest"], digest);
