@@ -98,6 +98,8 @@ pub enum Build {
         workdir: Workdir,
         #[command(flatten)]
         dehydrate: DehydrateArgs,
+        #[command(flatten)]
+        registry: RegistryArgs,
     },
     /// Wrap the dehydrated directory and this program as a container image
     Image {
@@ -167,6 +169,10 @@ pub struct DehydrateArgs {
     /// Leave out artifacts that cannot be handled or are not there, instead of failing
     #[arg(long)]
     pub allow_unhandled: bool,
+    /// Build on the previous release, a dehydrated directory or an image that --from takes: its live rootfs is kept, and
+    /// this one is a delta over it. The image gets larger by that, but a registry that has the previous one receives little
+    #[arg(long, value_name = "DIR|IMAGE")]
+    pub previous: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub how: DehydrateHow,

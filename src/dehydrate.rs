@@ -25,12 +25,12 @@ use crate::produce::{Check, How, Parts, produce};
 use crate::progress::Progress;
 use crate::proof::Proofs;
 use crate::recipe::{
-    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier, Unhandled,
+    Artifact, Blob, FORMAT_VERSION, Index, NamedFile, Previous, SourceSpec, StreamFile, Tier, Unhandled,
 };
 use crate::source::cluster::{Cache, Clustered};
 use crate::source::delta::Base;
 use crate::source::{self, Source, blob, rootfs};
-use crate::store::{self, Sources, Writer};
+use crate::store::{self, Sources, Store, Writer};
 use crate::stream::MAX_STREAM;
 use crate::workdir::{Workdir, read_limited};
 
@@ -73,6 +73,10 @@ const DELTA_LEVEL: i32 = 19;
 /// For the base of profile `fast`, hundreds of MB: a guess between size and time that no measurement stands behind yet.
 const BASE_LEVEL: i32 = 12;
 
+/// A delta over the previous release is used where it is at most so large, in percent of what it makes: an image that is
+/// built on another is larger than one that is not.
+const WORTH: u64 = 90;
+
 /// Memory set aside for reducing one artifact, in bytes; generous, so that several at once stay within the limit.
 const MEMORY_EACH: u64 = 640 << 20;
 
@@ -80,7 +84,15 @@ const MEMORY_EACH: u64 = 640 << 20;
 const PROOF_CACHE: u64 = 64 << 20;
 
 /// Dehydrates what is in `workdir` and returns the index of what was made.
-pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> Result<Index> {
+///
+/// The live rootfs becomes a delta over that of `previous`, which is stored in its place: a registry that has the image of
+/// the earlier release has most of it already.
+pub fn dehydrate(
+    workdir: &Workdir,
+    options: &Options,
+    previous: Option<&Store>,
+    progress: &Progress,
+) -> Result<Index> {
     let stream = workdir.read_stream()?;
     let document = read_limited(&workdir.stream(), MAX_STREAM)?;
     let catalog = Catalog::new(&stream)?.only(&options.arch)?;
@@ -117,11 +129,12 @@ pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> R
         by_arch.entry(&item.arch).or_default().push(item);
     }
     let proofs = Proofs::new(workdir.proofs(), options.memory / 2, progress);
-    let job = Job { dir: artifacts_dir, writer: &writer, options, proofs, progress };
+    let job = Job { dir: artifacts_dir, writer: &writer, options, previous, proofs, progress };
     let mut sources = Vec::new();
     let mut reduced = BTreeMap::new();
+    let mut built_on = Vec::new();
     for items in by_arch.values() {
-        job.architecture(items, &mut sources, &mut reduced)?;
+        built_on.extend(job.architecture(items, &mut sources, &mut reduced)?);
     }
     let artifacts = present.iter().map(|item| reduced.remove(item.name.as_str()));
     let index = Index {
@@ -131,6 +144,7 @@ pub fn dehydrate(workdir: &Workdir, options: &Options, progress: &Progress) -> R
         artifacts: artifacts.collect::<Option<_>>().context("an artifact was dropped")?,
         unhandled,
         sources,
+        previous: built_on,
     };
     writer.finish(&index)?;
     Ok(index)
@@ -149,6 +163,7 @@ struct Job<'a> {
     dir: PathBuf,
     writer: &'a Writer,
     options: &'a Options,
+    previous: Option<&'a Store>,
     proofs: Proofs<'a>,
     progress: &'a Progress,
 }
@@ -196,13 +211,13 @@ struct Plain {
 }
 
 impl Job<'_> {
-    /// Reduces the artifacts of one architecture.
+    /// Reduces the artifacts of one architecture. Gives the earlier live rootfs that this one is made of, if any.
     fn architecture<'i>(
         &self,
         items: &[&'i Item],
         specs: &mut Vec<SourceSpec>,
         done: &mut BTreeMap<&'i str, Artifact>,
-    ) -> Result<()> {
+    ) -> Result<Option<Previous>> {
         let find = |is: &dyn Fn(&Item) -> bool| items.iter().copied().find(|item| is(item));
         let zeros = push(specs, SourceSpec::Zeros { size: ZEROS });
         let base_item = find(&|i| i.platform == "qemu" && i.file == "disk")
@@ -219,22 +234,24 @@ impl Job<'_> {
 
         let mut parts_of_iso = Vec::new();
         let mut files = None;
-        if let (Some(item), Some(Live { blob, blake3, rootfs, files: decoded })) = (rootfs_item, live) {
-            let spec = push(specs, SourceSpec::Stored { blob });
-            parts_of_iso.push(Made { spec, plain: rootfs });
-            done.insert(
-                &item.name,
-                self.artifact(
-                    item,
-                    (NamedFile { name: item.name.clone(), blob }, Wrapped::Same),
-                    spec,
-                    None,
-                    blob.size,
-                    blake3,
-                )?,
-            );
-            if let Some(plain) = decoded {
-                let spec = push(specs, SourceSpec::Rootfs { image: spec, plain_size: plain.len() });
+        let mut built_on = None;
+        if let (Some(item), Some(live)) = (rootfs_item, live) {
+            let output = (NamedFile { name: item.name.clone(), blob: live.blob }, Wrapped::Same);
+            let artifact = match self.over_previous(item, &live, zeros, specs)? {
+                Some((previous, reduced)) => {
+                    built_on = Some(previous);
+                    self.keep(item, output, reduced, specs)?
+                }
+                None => {
+                    let spec = push(specs, SourceSpec::Stored { blob: live.blob });
+                    self.artifact(item, output, spec, None, live.blob.size, live.blake3)?
+                }
+            };
+            let image = artifact.source;
+            parts_of_iso.push(Made { spec: image, plain: live.rootfs });
+            done.insert(&item.name, artifact);
+            if let Some(plain) = live.files {
+                let spec = push(specs, SourceSpec::Rootfs { image, plain_size: plain.len() });
                 files = Some(Made { spec, plain });
             }
         }
@@ -273,7 +290,45 @@ impl Job<'_> {
         let (isos, disks): (Vec<&Item>, Vec<&Item>) = rest.into_iter().partition(|i| i.format == "iso");
         self.all_over(&disks, base.into_iter().collect(), zeros, specs, done)?;
         parts_of_iso.extend(files);
-        self.all_over(&isos, parts_of_iso, zeros, specs, done)
+        self.all_over(&isos, parts_of_iso, zeros, specs, done)?;
+        Ok(built_on)
+    }
+
+    /// The live rootfs as a delta over that of the previous release, and which that is; nothing where there is none, or
+    /// where it saves next to nothing.
+    fn over_previous(
+        &self,
+        item: &Item,
+        live: &Live,
+        zeros: usize,
+        specs: &mut Vec<SourceSpec>,
+    ) -> Result<Option<(Previous, Reduced)>> {
+        let Some(store) = self.previous else { return Ok(None) };
+        let context = || format!("previous release: {}", item.arch);
+        let Some(previous) = store.index.stored_rootfs(&item.arch) else {
+            tracing::warn!("{}: no live rootfs: nothing to build on", context());
+            return Ok(None);
+        };
+        let blob = previous.file.blob;
+        if blob == live.blob {
+            return Ok(None);
+        }
+        self.writer.take(&blob, store).with_context(context)?;
+        let plain = Arc::new(source::File::new(self.writer.open(&blob)?)?) as Arc<dyn Source>;
+        let base = Base::scan(&*plain, ZEROS)?;
+        let parts = vec![Made { spec: push(specs, SourceSpec::Stored { blob }), plain: plain.clone() }];
+        let over = Over { parts, index: &base.index(), zeros };
+        let output = NamedFile { name: item.name.clone(), blob: live.blob };
+        let bytes = live.rootfs.clone();
+        let form = Form { output, bytes: bytes.clone(), published: Wrapped::Same };
+        let reduced = self.reduce(item, &Plain { form, map: None, plain: bytes }, Some(&over), specs, &[])?;
+        let size = reduced.spec.blob().map_or(0, |blob| blob.size);
+        if size > live.blob.size / 100 * WORTH {
+            tracing::warn!("{}: {} has too little in common with it: not used", context(), item.name);
+            specs.pop();
+            return Ok(None);
+        }
+        Ok(Some((previous, reduced)))
     }
 
     /// Reduces artifacts over the same base, several at once.

@@ -288,6 +288,19 @@ fn dehydrating(how: &cli::DehydrateHow) -> dehydrate::Options {
     }
 }
 
+/// How much of the previous release is kept in a file without a name, in bytes: a live rootfs of any size, which is read
+/// once to check it and once to use it.
+const PREVIOUS_CACHE: u64 = 8 << 30;
+
+/// The previous release: in a directory, or in an image.
+fn previous(place: &Path, registry: &cli::RegistryArgs) -> Result<Store> {
+    if place.is_dir() {
+        return Store::open(place);
+    }
+    let origin: read::Origin = place.to_string_lossy().parse()?;
+    Arc::new(Image::open(&origin, registry.options(), PREVIOUS_CACHE)?).store()
+}
+
 /// The programs of an image, of which `given` are named: this one without.
 fn programs(given: &[Program]) -> Result<Vec<Program>> {
     if !given.is_empty() {
@@ -322,13 +335,18 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
         };
         download::run(workdir, &options, &Http::new(Retry::default())?, progress).map(drop)
     };
-    let dehydrate = |workdir: &Workdir, args: cli::DehydrateArgs, out: &mut dyn Write| -> Result<()> {
+    let dehydrate = |workdir: &Workdir,
+                     args: cli::DehydrateArgs,
+                     registry: &cli::RegistryArgs,
+                     out: &mut dyn Write|
+     -> Result<()> {
+        let previous = args.previous.map(|place| previous(&place, registry)).transpose()?;
         let options = dehydrate::Options {
             arch: args.arch,
             allow_unhandled: args.allow_unhandled,
             ..dehydrating(&args.how)
         };
-        let index = dehydrate(workdir, &options, progress)?;
+        let index = dehydrate(workdir, &options, previous.as_ref(), progress)?;
         report::dehydrated(&index, out)
     };
     let image = |workdir: &Workdir, args: cli::ImageArgs, out: &mut dyn Write| -> Result<()> {
@@ -354,7 +372,9 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     match build {
         Build::Init { workdir, stream } => init(&dir(workdir), stream),
         Build::Download { workdir, download: args } => download(&dir(workdir), args),
-        Build::Dehydrate { workdir, dehydrate: args } => dehydrate(&dir(workdir), args, out),
+        Build::Dehydrate { workdir, dehydrate: args, registry } => {
+            dehydrate(&dir(workdir), args, &registry, out)
+        }
         Build::Image { workdir, image: args } => image(&dir(workdir), args, out),
         Build::Clean { workdir } => dir(workdir).clean(),
         Build::Run { workdir, stream, download: d, dehydrate: mut h, image: i } => {
@@ -364,7 +384,7 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             }
             init(&workdir, stream)?;
             download(&workdir, d)?;
-            dehydrate(&workdir, h, out)?;
+            dehydrate(&workdir, h, &i.how.registry, out)?;
             image(&workdir, i, out)?;
             workdir.clean()
         }

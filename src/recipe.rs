@@ -34,6 +34,20 @@ pub struct Index {
     pub unhandled: Vec<Unhandled>,
     /// What the artifacts are made of. A source refers only to sources before it.
     pub sources: Vec<SourceSpec>,
+    /// The live rootfs of each architecture that that of this release is a delta over, where that was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub previous: Vec<Previous>,
+}
+
+/// A file of an earlier release that is a source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Previous {
+    /// Target architecture.
+    pub arch: String,
+    /// The file as that release published it.
+    #[serde(flatten)]
+    pub file: NamedFile,
 }
 
 /// The stream document as stored beside the index.
@@ -324,6 +338,17 @@ impl Index {
     /// Every blob under `blobs/sha256/`, each once.
     pub fn blobs(&self) -> BTreeSet<Blob> {
         self.artifacts.iter().flat_map(|a| self.blobs_of(a)).collect()
+    }
+
+    /// The live rootfs that is stored for an architecture, this release's or the earlier one that it is made of.
+    pub fn stored_rootfs(&self, arch: &str) -> Option<Previous> {
+        let artifact = self.artifacts.iter().find(|a| a.arch == arch && a.file == "rootfs")?;
+        match &self.sources[artifact.source] {
+            SourceSpec::Stored { blob } if *blob == artifact.output.blob => {
+                Some(Previous { arch: arch.into(), file: artifact.output.clone() })
+            }
+            _ => self.previous.iter().find(|previous| previous.arch == arch).cloned(),
+        }
     }
 
     /// The architectures in here, sorted.

@@ -23,6 +23,10 @@ pub fn dehydrated(index: &Index, out: &mut dyn Write) -> Result<()> {
     let published = index.artifacts.iter().map(|a| a.published.blob.size).sum();
     let stored = index.blobs().iter().map(|b| b.size).sum();
     line(out, "total", &bytes(published), &bytes(stored), &ratio(stored, published), "")?;
+    for previous in &index.previous {
+        let size = bytes(previous.file.blob.size);
+        writeln!(out, "built on {} of an earlier release, {size} of the total", previous.file.name)?;
+    }
     Ok(())
 }
 

@@ -156,6 +156,7 @@ fn some_index() -> Index {
         stream: StreamFile { name: "stable".into(), blob: blob(0) },
         artifacts: vec![artifact("a.raw", 1), artifact("b.raw", 3)],
         unhandled: vec![],
+        previous: vec![],
         sources: vec![
             SourceSpec::Zeros { size: 1 << 30 },
             SourceSpec::Stored { blob: blob(4) },

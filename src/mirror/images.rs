@@ -107,7 +107,7 @@ pub fn push(
         allow_unhandled: true,
         ..options.dehydrate.clone()
     };
-    dehydrate(&workdir, &how, progress)?;
+    dehydrate(&workdir, &how, None, progress)?;
     let identity = options.signing.identity.as_ref().map(|name| name.with_tag(version)).transpose()?;
     let build = Build {
         dehydrated: &workdir.dehydrated(),

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::digest::{Digest, Hasher};
 use crate::progress::{Mode, Progress};
-use crate::recipe::{Blob, Index};
+use crate::recipe::{Blob, Index, SourceSpec};
 use crate::registry::{self, Client, Options, Reference};
 use crate::source::{self, Reader, Slice, Source};
 use crate::store::{self, Store};
@@ -452,7 +452,8 @@ impl Group {
 }
 
 /// Divides the blobs into layers: those that the same artifacts need together, as long as they fit, and the smallest
-/// groups merged while there are too many; those that most artifacts need first.
+/// groups merged while there are too many; those that most artifacts need first. A live rootfs has a layer of its own, the
+/// same in the image of the next release that is built on it.
 fn group(index: &Index, max: u64) -> Result<Vec<Group>> {
     ensure!(max >= MIN_LAYER, "layers of {max} bytes: at least {MIN_LAYER} are needed");
     let mut needed_by = BTreeMap::<Blob, BTreeSet<usize>>::new();
@@ -461,13 +462,18 @@ fn group(index: &Index, max: u64) -> Result<Vec<Group>> {
             needed_by.entry(blob).or_default().insert(i);
         }
     }
-    let mut by_artifacts = BTreeMap::<BTreeSet<usize>, Vec<Blob>>::new();
+    let stored = index.sources.iter().filter_map(|source| match source {
+        SourceSpec::Stored { blob } => Some(*blob),
+        _ => None,
+    });
+    let stored: BTreeSet<Blob> = stored.collect();
+    let mut together = BTreeMap::<(BTreeSet<usize>, Option<Blob>), Vec<Blob>>::new();
     for (blob, artifacts) in needed_by {
-        by_artifacts.entry(artifacts).or_default().push(blob);
+        together.entry((artifacts, stored.get(&blob).copied())).or_default().push(blob);
     }
 
     let mut groups = Vec::new();
-    for (artifacts, blobs) in by_artifacts {
+    for ((artifacts, _), blobs) in together {
         let mut group = Group { artifacts: artifacts.clone(), ..Group::default() };
         let pieces = blobs.into_iter().map(|blob| {
             // More parts than there may be layers: not worth counting them.
@@ -632,7 +638,7 @@ fn rfc3339(time: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::{Artifact, FORMAT_VERSION, NamedFile, SourceSpec, StreamFile, Tier};
+    use crate::recipe::{Artifact, FORMAT_VERSION, NamedFile, StreamFile, Tier};
 
     fn blob(n: u64, size: u64) -> Blob {
         Blob { sha256: Digest::of(&n.to_le_bytes()), size }
@@ -640,8 +646,8 @@ mod tests {
 
     /// An index with an artifact for each list of sources it is a delta over, by number; source n is blob n.
     fn index(sizes: &[u64], artifacts: &[&[usize]]) -> Index {
-        let mut sources: Vec<_> =
-            (0..).zip(sizes).map(|(n, &size)| SourceSpec::Stored { blob: blob(n, size) }).collect();
+        let zstd = |(n, &size)| SourceSpec::Zstd { blob: blob(n, size), plain_size: 1 };
+        let mut sources: Vec<_> = (0..).zip(sizes).map(zstd).collect();
         let artifacts = artifacts.iter().enumerate().map(|(i, base)| {
             let delta = blob(1000 + i as u64, 10);
             sources.push(SourceSpec::Delta { blob: delta, plain_size: 1, base: base.to_vec() });
@@ -671,6 +677,7 @@ mod tests {
             artifacts,
             unhandled: Vec::new(),
             sources,
+            previous: Vec::new(),
         }
     }
 

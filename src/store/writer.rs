@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustix::fs::FlockOperation;
 
-use super::{BLOBS, INDEX, INDEX_DIGEST, SIGNATURES, index_digest};
+use super::{BLOBS, INDEX, INDEX_DIGEST, SIGNATURES, Store, index_digest, matches};
 use crate::digest::Hasher;
 use crate::recipe::{Blob, Index};
+use crate::source::Reader;
 
 /// A dehydrated directory that is being made.
 pub struct Writer {
@@ -70,6 +71,13 @@ impl Writer {
         let mut blob = self.blob()?;
         blob.write_all(bytes)?;
         self.keep(blob)
+    }
+
+    /// Stores a blob of another directory, checked.
+    pub fn take(&self, blob: &Blob, from: &Store) -> Result<()> {
+        let mut out = self.blob()?;
+        io::copy(&mut Reader::new(&*from.blob(blob)?), &mut out)?;
+        matches(&format!("blob {}", blob.sha256), &self.keep(out)?, blob)
     }
 
     /// Opens a blob that was kept.

@@ -6,6 +6,7 @@
 mod common;
 mod container;
 mod damage;
+mod previous;
 mod published;
 mod recipes;
 #[allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses a part")]

@@ -50,6 +50,7 @@ pub fn write(
         stream: StreamFile { name: "stable".into(), blob: blob_of(stream) },
         artifacts,
         unhandled: Vec::new(),
+        previous: Vec::new(),
         sources,
     };
     fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
