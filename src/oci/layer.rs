@@ -1,13 +1,16 @@
 //! A layer of the image: a tar file in which nothing depends on the machine that made it.
 
 use std::collections::BTreeSet;
-use std::io::{self, Write};
+use std::io::{self, BufReader, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
 use crate::digest::{Digest, Hasher};
 use crate::source::{Concat, Reader, Source};
+
+/// The most that is read at once, in bytes.
+const BUFFER: u64 = 256 << 10;
 
 /// A layer that is being put together. Nothing is copied: it is of headers, and of contents where they lie.
 pub(super) struct TarLayer {
@@ -84,7 +87,8 @@ impl Tar {
     /// Writes it. An error where a file is not what it is expected to be; what was written is of no use then.
     pub(super) fn write(&self, mut out: impl Write) -> Result<()> {
         for Part { source, expected } in &self.0 {
-            let mut content = Reader::new(&**source);
+            let buffer = source.len().min(BUFFER) as usize;
+            let mut content = BufReader::with_capacity(buffer, Reader::new(&**source));
             let Some((expected, name)) = expected else {
                 io::copy(&mut content, &mut out)?;
                 continue;
