@@ -1,0 +1,100 @@
+"""The release that is measured, and what the program makes of it."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from .run import Run
+
+CI = Path(__file__).resolve().parent.parent
+
+
+class Artifact(NamedTuple):
+    label: str  # as rehydrate --disk has it
+    format: str
+    file: str
+    path: Path
+    sha256: str  # of the plain file
+
+    @property
+    def is_disk(self):
+        return self.file == "disk" and self.format != "iso"
+
+
+def decompress(path):
+    """The command that writes the plain file to stdout."""
+    tools = {".xz": ["xz", "-dc", "-T2"], ".gz": ["gzip", "-dc"], ".zip": ["unzip", "-p"]}
+    return [*tools.get(path.suffix, ["cat"]), path]
+
+
+class Bench:
+    def __init__(self, args):
+        self.args = args
+        self.release, self.work, self.program = args.release, args.work, args.program
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.stream = json.loads((self.release / "stream.json").read_text())
+        self.options = (self.release / ".make-stream").read_text().strip()
+        arches = sorted(self.stream["architectures"])
+        self.arch = platform.machine() if platform.machine() in arches else arches[0]
+        self.artifacts = []
+        files = {f.name: f for f in self.release.glob("builds/*/*/*")}
+        for name, of_platform in self.stream["architectures"][self.arch]["artifacts"].items():
+            for format_, members in of_platform["formats"].items():
+                for file, artifact in members.items():
+                    path = files[artifact["location"].rsplit("/", 1)[-1]]
+                    sha256 = artifact.get("uncompressed-sha256", artifact["sha256"])
+                    label = "metal4k" if format_.startswith("4k") else name
+                    self.artifacts.append(Artifact(label, format_, file, path, sha256))
+        self.published = sum(a.path.stat().st_size for a in self.artifacts)
+
+    def disk(self, *labels):
+        """The disk of the first of these platforms that there is."""
+        return next(a for label in labels for a in self.artifacts if a.label == label and a.is_disk)
+
+    def has_disk(self, label):
+        return any(a.label == label and a.is_disk for a in self.artifacts)
+
+    def data(self, profile):
+        return self.work / profile / "dehydrated"
+
+    def rehydrator(self, *args):
+        return [self.program, "--progress=none", *args]
+
+    def dehydrate(self, profile, *options):
+        """Dehydrates the release, or says None when that is done already."""
+        work = self.work / profile
+        if self.data(profile).exists():
+            return None
+        (work / "artifacts").mkdir(parents=True, exist_ok=True)
+        Run(self.rehydrator("build", "init", "--stream-file", self.release / "stream.json", "--workdir", work))
+        for artifact in self.artifacts:
+            if not (work / "artifacts" / artifact.path.name).exists():
+                os.link(artifact.path, work / "artifacts" / artifact.path.name)
+                os.link(f"{artifact.path}.sig", work / "artifacts" / f"{artifact.path.name}.sig")
+        return Run(self.rehydrator("build", "dehydrate", "--arch", self.arch, "--profile", profile, "--workdir", work, *options))
+
+    def image(self, profile):
+        """The image, made of what is dehydrated."""
+        image = self.work / profile / "image"
+        shutil.rmtree(image, ignore_errors=True)
+        Run(self.rehydrator("build", "image", "--workdir", self.work / profile, "-o", f"oci:{image}"))
+        return image
+
+    def machine(self, report):
+        versions = [subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+                    for tool in ("xz", "zstd", "qemu-img", "sha256sum")]
+        model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+        report.say("# Benchmarks\n")
+        report.say(f"Made by `ci/bench` on {platform.system()} {platform.release()}, {model[1] if model else platform.machine()}, "
+                   f"{os.cpu_count()} processors, best of {self.args.repeat}. {'; '.join(versions)}.\n")
+        report.say(f"The release: {len(self.artifacts)} artifacts of {self.arch}, {self.published:,} bytes published; "
+                   f"ci/make-stream with `{self.options}`.\n")
+
+
+def size_of(tree):
+    return sum(f.stat().st_size for f in tree.rglob("*") if f.is_file())
