@@ -1,19 +1,17 @@
 """That a container gives back every file as published, or plain."""
 
-import json
 import shutil
 import subprocess
-import sys
 import time
 
 from .release import CI
-from .run import Run, output
+from .run import Failed, Run, output
 
 
 def container(bench, report):
     report.say("## In a container\n")
     for profile in bench.args.profile:
-        index = json.loads((bench.data(profile) / "index.json").read_text())
+        index = bench.index(profile)
         out = bench.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         Run(bench.rehydrator("rehydrate", out, "--all", "--data", bench.data(profile)))
@@ -36,7 +34,7 @@ def container(bench, report):
             same = subprocess.run(compare, cwd=out, stdin=writer.stdout)
             writer.stdout.close()
             if writer.wait() or same.returncode:
-                sys.exit(f"{profile} {file}: {writer.stderr.read().decode(errors='replace')}")
+                raise Failed(f"{profile} {file}: {writer.stderr.read().decode(errors='replace')}")
         report.say(f"Profile {profile}: each of {len(files)} files, by `podman run {' '.join(run[2:9])}`, is the same as in a "
                    f"directory, where `sha256sum --check` finds what the stream metadata names: {time.monotonic() - start:.0f} s.\n")
         subprocess.run(["podman", "rmi", name], check=True, capture_output=True)

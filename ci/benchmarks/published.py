@@ -1,17 +1,15 @@
 """Published files: made again, against the tools that made them."""
 
-import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
-from .run import MIB, Run
+from .run import MIB, Failed, Run
 
 
 def as_published(bench, report):
     report.say("## Published files\n")
-    index = json.loads((bench.data("small") / "index.json").read_text())
+    index = bench.index("small")
     level = re.search(r" (\d) \S+ \S+ \S+://", bench.options)[1]
     tools = {".xz": ["xz", f"-c{level}", "-T2"], ".gz": ["gzip", "-6", "-c"], ".zip": ["zip", "-q", "-9j", "-"]}
     home, out = bench.work / "gnupg", bench.work / "published"
@@ -22,7 +20,7 @@ def as_published(bench, report):
     for artifact in index["artifacts"]:
         name, output = artifact["published"]["name"], artifact["output"]["name"]
         if artifact["tier"] != "published":
-            sys.exit(f"{name}: {artifact['tier']}: {artifact.get('not-published')}")
+            raise Failed(f"{name}: {artifact['tier']}: {artifact.get('not-published')}")
         extra = artifact.get("published-map", {}).get("size", 0)
         side, whole = side + extra, whole + artifact["published"]["size"]
         if name == output:

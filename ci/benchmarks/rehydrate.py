@@ -1,9 +1,8 @@
 """From what is stored to disks: time and memory."""
 
 import shutil
-import sys
 
-from .run import MIB, Run, best
+from .run import MIB, Failed, Run, best
 
 LOG = {"REHYDRATOR_LOG": "rehydrator=debug"}
 LABELS = ("openstack", "nutanix", "hetzner", "metal", "metal4k", "aws", "vmware", "azure", "hyperv", "gcp", "kubevirt")
@@ -24,7 +23,7 @@ def rehydrate(bench, report):
             digest, sha = sha256sum(bench, command)
             wanted = [a.sha256 for a in bench.artifacts if a.label == what and a.is_disk or what == a.format == "iso"]
             if wanted and digest not in wanted:
-                sys.exit(f"{profile} {what}: {digest} is not what the stream metadata names")
+                raise Failed(f"{profile} {what}: {digest} is not what the stream metadata names")
             decodes = run.decodes()
             rows.append([
                 what, f"{run.seconds:.2f} s", f"{run.bytes / run.seconds / 1e6:.0f} MB/s", f"{run.first:.2f} s",
@@ -36,10 +35,10 @@ def rehydrate(bench, report):
                       "of sha256sum", "decodes per cluster"], rows)
 
 
-def sha256sum(bench, command):
+def sha256sum(bench, command, env=None):
     """What sha256sum says of the bytes that a command makes, and the seconds that it takes for them from a file."""
     path = bench.work / "bytes"
-    Run(command, keep=path)
+    Run(command, env, keep=path)
     run = best(bench.args.repeat, ["sha256sum", path])
     path.unlink()
     return run.out[:64].decode(), run.seconds

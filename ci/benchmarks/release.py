@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from .run import Run
+from .run import Run, output
 
 CI = Path(__file__).resolve().parent.parent
 
@@ -33,6 +33,9 @@ def decompress(path):
 
 
 class Bench:
+    # What the program is started by, such as taskset.
+    before = ()
+
     def __init__(self, args):
         self.args = args
         self.release, self.work, self.program = args.release, args.work, args.program
@@ -62,8 +65,11 @@ class Bench:
     def data(self, profile):
         return self.work / profile / "dehydrated"
 
+    def index(self, profile):
+        return json.loads((self.data(profile) / "index.json").read_text())
+
     def rehydrator(self, *args):
-        return [self.program, "--progress=none", *args]
+        return [*self.before, self.program, "--progress=none", *args]
 
     def dehydrate(self, profile, *options):
         """Dehydrates the release, or says None when that is done already."""
@@ -86,14 +92,28 @@ class Bench:
         return image
 
     def machine(self, report):
-        versions = [subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-                    for tool in ("xz", "zstd", "qemu-img", "sha256sum")]
+        versions = [f"{tool} {version(tool)}" for tool in TOOLS if shutil.which(tool)]
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        flags = set(re.search(r"(?:flags|Features)\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1].split())
         report.say("# Benchmarks\n")
         report.say(f"Made by `ci/bench` on {platform.system()} {platform.release()}, {model[1] if model else platform.machine()}, "
-                   f"{os.cpu_count()} processors, best of {self.args.repeat}. {'; '.join(versions)}.\n")
+                   f"{len(os.sched_getaffinity(0))} processors, {'with' if flags & {'sha_ni', 'sha2'} else 'without'} instructions for SHA-256, "
+                   f"{memory >> 30} GiB of memory; best of {self.args.repeat}. {output(self.program, '--version')}; {', '.join(versions)}.\n")
         report.say(f"The release: {len(self.artifacts)} artifacts of {self.arch}, {self.published:,} bytes published; "
                    f"ci/make-stream with `{self.options}`.\n")
+
+
+TOOLS = ("xz", "zstd", "sha256sum", "qemu-img", "xdelta3", "rdiff", "rsync", "casync", "borg", "fsck.erofs", "skopeo", "umoci", "podman", "wget", "nginx")
+
+
+def version(tool):
+    """The first number with a dot in what a tool says of its version."""
+    for option in ("--version", "-V", "-v"):
+        said = subprocess.run([tool, option], capture_output=True, text=True)
+        if found := re.search(r"\d+(\.\d+)+|casync \d+", said.stdout + said.stderr):
+            return found[0].split()[-1]
+    return "of unknown version"
 
 
 def size_of(tree):

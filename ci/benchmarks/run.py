@@ -6,22 +6,25 @@ import re
 import select
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 MIB = 1 << 20
 
 
+class Failed(Exception):
+    """A command that did not do what was asked: the command, and what it said."""
+
+
 class Run:
     """A command: its time, processor time, peak of anonymous memory, time to the first byte, and what it printed."""
 
-    def __init__(self, command, env=None, keep=None):
+    def __init__(self, command, env=None, keep=None, cwd=None):
         start = time.monotonic()
         stdout = open(keep, "wb") if keep else subprocess.PIPE
         process = subprocess.Popen(
             [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **(env or {})}, cwd=cwd,
         )
         os.set_blocking(process.stderr.fileno(), False)
         self.rss = self.bytes = 0
@@ -52,21 +55,26 @@ class Run:
         self.peak = usage.ru_maxrss * 1024
         self.err += process.stderr.read() or b""
         if status:
-            sys.exit(f"{command}: exit status {status}\n{self.err.decode(errors='replace')}")
+            said = self.err.decode(errors="replace").strip()
+            raise Failed(f"{' '.join(str(c) for c in command)}: exit status {os.waitstatus_to_exitcode(status)}\n{said}")
 
     def look(self, process):
-        try:
-            text = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            return
-        if found := re.search(r"RssAnon:\s*(\d+) kB", text):
-            self.rss = max(self.rss, int(found[1]) * 1024)
+        self.rss = max(self.rss, anonymous(process.pid))
         self.err += process.stderr.read() or b""
 
     def decodes(self):
         """Clusters of the live rootfs that were needed, and how often one was decoded."""
         found = re.findall(rb"clusters=(\d+).* decodes=(\d+)", self.err)
         return tuple(sum(int(f[i]) for f in found) for i in (0, 1)) if found else None
+
+
+def anonymous(pid):
+    """The anonymous memory of a process now."""
+    try:
+        found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def best(repeat, *args, **kwargs):
@@ -99,7 +107,7 @@ def serving(command, port):
                 if up.connect_ex(("127.0.0.1", port)) == 0:
                     break
             if server.poll() is not None:
-                sys.exit(f"{command}: exit status {server.returncode}")
+                raise Failed(f"{command}: exit status {server.returncode}")
             time.sleep(0.1)
         yield
     finally:
