@@ -9,7 +9,7 @@ import subprocess
 import time
 
 from .rehydrate import LOG, sha256sum
-from .release import decompress, size_of
+from .release import CI, decompress, size_of
 from .run import MIB, Failed, Run, anonymous, best, in_turn
 
 ZSTD = ["zstd", "-q", "-f", "-19", "--long=31"]
@@ -227,6 +227,7 @@ class Rsync(Deltas):
 
 
 def peers(bench, report):
+    Run([CI / "deps", "--check", "bench"])
     work = bench.work / "peers"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -1,0 +1,112 @@
+"""The short form, for continuous integration: a few ratios to peers that hold still, against those that are committed.
+
+Sizes are the same each time. Of times it is the processor time that is compared, the least of several runs that take turns
+with the peer's: what else the machine does adds little to that. A ratio that seems to fall is measured again before it counts.
+The instructions that a processor has make one side faster and not the other, so those ratios are kept for each set of them.
+"""
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from .peers import plain
+from .rehydrate import sha256sum
+from .release import CI, decompress, size_of
+from .run import Failed, Run, in_turn
+
+COMMITTED = CI / "bench-ratios.json"
+FALL = 0.25
+RUNS, ROUNDS = 5, 3
+ZSTD = ["zstd", "-q", "-9", "--long=27", "-c"]
+
+
+def short(bench, report):
+    report.say("## Short form\n")
+    found = {"size": {}, "time": {}}
+    floor = in_turn(2, [lambda a=a: Run(decompress(a.path)) for a in bench.artifacts], key=cpu)
+    for profile in bench.args.profile:
+        shutil.rmtree(bench.work / profile, ignore_errors=True)
+        # Making published files again takes longer than all else, and is what tests do.
+        run = bench.dehydrate(profile, "--skip-published")
+        found["time"][f"dehydrate, {profile}: decompressing the inputs"] = (sum(map(cpu, floor)), run.cpu)
+    found["size"].update(sizes(bench))
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    kind = instructions()
+    times = committed.get("time", {}).get(kind, {})
+    found["time"].update(rehydrate(bench, times))
+    if bench.args.update:
+        ratios = {which: {what: round(peer / ours, 3) for what, (peer, ours) in of.items()} for which, of in found.items()}
+        committed = {"size": ratios["size"], "time": {**committed.get("time", {}), kind: ratios["time"]}}
+        COMMITTED.write_text(json.dumps(committed, indent=2, sort_keys=True) + "\n")
+        times = committed["time"][kind]
+    rows, fallen = [], []
+    for which, before in (("size", committed.get("size", {})), ("time", times)):
+        for what, (peer, ours) in found[which].items():
+            ratio, was = peer / ours, before.get(what)
+            unit = "bytes" if which == "size" else "s"
+            rows.append([what, *(f"{n:,} {unit}" if which == "size" else f"{n:.3f} {unit}" for n in (peer, ours)), f"{ratio:.3f}",
+                         was or "–", f"{ratio / was - 1:+.0%}" if was else ""])
+            if was and ratio < was * (1 - FALL):
+                fallen.append(f"{what}: {ratio:.3f} times, {was} is committed")
+    report.say(f"How many times the peer takes of what the program takes, in bytes or in processor time; fails below {1 - FALL:.0%} of what is "
+               f"committed in {COMMITTED.name}. Instructions of this processor: {kind}"
+               + ("" if times else "; for those nothing is committed, so that times are not compared") + ".\n")
+    report.table(["what and peer", "peer", "program", "ratio", "committed", "change"], rows)
+    return fallen
+
+
+def cpu(run):
+    return run.cpu
+
+
+def sizes(bench):
+    """All plain files through one zstd, as tar makes them without their holes, and the live rootfs."""
+    every = bench.work / "all.zst"
+    with open(every, "wb") as out:
+        zstd = subprocess.Popen(ZSTD, stdin=subprocess.PIPE, stdout=out)
+        for artifact in bench.artifacts:
+            path = plain(artifact, bench.work / "plain")
+            subprocess.run(["tar", "--sparse", "-c", "-f", "-", "-C", path.parent, path.name], stdout=zstd.stdin, check=True)
+        zstd.stdin.close()
+        if zstd.wait():
+            raise Failed(f"{ZSTD}: exit status {zstd.returncode}")
+    rootfs = next(a for a in bench.artifacts if a.file == "rootfs").path.stat().st_size
+    small, fast = (size_of(bench.data(profile)) for profile in ("small", "fast"))
+    return {
+        "dehydrated, small: `tar --sparse | zstd -9 --long=27`": (every.stat().st_size, small),
+        "dehydrated, fast: `tar --sparse | zstd -9 --long=27`": (every.stat().st_size, fast),
+        "dehydrated, small: live rootfs": (rootfs, small),
+    }
+
+
+def rehydrate(bench, committed):
+    """The least processor times of disks to a pipe and of their peers."""
+    disk = bench.disk("openstack")
+    path = plain(disk, bench.work / "plain")
+    xz, gzip = ["xz", "-dc", "-T1", disk.path], ["gzip", "-6", "-c", path]
+    whats = {"rehydrate, small, qcow2: `xz -dc`": (xz, "small", "openstack"), "rehydrate, fast, qcow2: `xz -dc`": (xz, "fast", "openstack"),
+             "rehydrate, fast, raw: `xz -dc`": (xz, "fast", "hetzner"), "rehydrate, fast, VMDK: `gzip -6` of as much": (gzip, "fast", "aws")}
+    commands = []
+    for peer, profile, label in whats.values():
+        command = bench.rehydrator("rehydrate", "-", "--disk", label, "--data", bench.data(profile))
+        if sha256sum(bench, command)[0] != bench.disk(label).sha256:
+            raise Failed(f"{profile} {label}: other bytes than the stream metadata names")
+        commands += [peer, command]
+    least = [float("inf")] * len(commands)
+    for _ in range(ROUNDS):
+        runs = in_turn(RUNS, [lambda command=command: Run(command) for command in commands], key=cpu)
+        least = [min(before, run.cpu) for before, run in zip(least, runs)]
+        found = dict(zip(whats, zip(least[::2], least[1::2])))
+        if all(peer / ours >= committed.get(what, 0) * (1 - FALL / 2) for what, (peer, ours) in found.items()):
+            break
+    path.unlink()
+    return found
+
+
+def instructions():
+    """Those that the ratios depend on."""
+    flags = set(re.search(r"(?:flags|Features)\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1].split())
+    return " ".join([platform.machine(), *sorted(flags & {"avx2", "avx512f", "sha_ni", "sha2"})])
