@@ -16,22 +16,25 @@ ALL = ("qemu openstack aws hetzner vmware azure gcp hyperv nutanix kubevirt meta
        "ibmcloud oraclecloud proxmoxve virtualbox vultr").split()
 GIB = 1 << 30
 
+# The points: virtual GB, times the content asked for, platforms; and between which disks zeros are counted.
+SIZES, TIMES, COUNTS, ZEROS = (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 5, 10, len(ALL)), (2, 16)
+
 
 class Series(NamedTuple):
     """One axis: its points, and the release of each."""
 
     name: str
     unit: str
-    points: list
+    points: list  # numbers
     options: Callable  # of a point, for ci/make-stream
 
 
 def growth(bench, report):
     content = bench.args.growth
     series = [
-        Series("disk size", "GB", [1, 2, 4, 8, 16], lambda n: (content, f"{n}G", FEW)),
-        Series("content", "MB", [content * n for n in (1, 2, 4, 8)], lambda n: (n, f"{max(4, n >> 8)}G", FEW)),
-        Series("platforms", "platforms", [1, 5, 10, len(ALL)], lambda n: (content, "1G", ",".join(["live", *ALL[:n]]))),
+        Series("disk size", "GB", SIZES, lambda n: (content, f"{n}G", FEW)),
+        Series("content", "MB", [content * n for n in TIMES], lambda n: (n, f"{max(4, n >> 8)}G", FEW)),
+        Series("platforms", "platforms", COUNTS, lambda n: (content, "1G", ",".join(["live", *ALL[:n]]))),
     ]
     report.say("## Growth\n")
     report.say(f"Releases with {content} MB of content on disks of {series[0].points[0]} GB, unless that is what grows; `ci/make-stream --xz-level 0`; "
@@ -113,17 +116,17 @@ def grown(report, axis, points):
 
 def zeros(bench, report, points):
     """What zeros cost: all that a disk of 16 GB has more than one of 2 GB."""
-    few, many = points[2], points[16]
-    added = (16 - 2) * GIB
+    few, many = ZEROS
+    added = (many - few) * GIB
     write, sha = in_turn(bench.args.repeat, [lambda: Run(["head", "-c", added, "/dev/zero"]),
                                              lambda: Run(["sh", "-c", f"head -c {added} /dev/zero | sha256sum"])])
-    report.say(f"From 2 to 16 GB of virtual size, zeros all of it; `head -c {added} /dev/zero` takes {write.seconds:.2f} s, and into `sha256sum` "
+    report.say(f"From {few} to {many} GB of virtual size, zeros all of it; `head -c {added} /dev/zero` takes {write.seconds:.2f} s, and into `sha256sum` "
                f"{sha.seconds:.2f} s.\n")
     rows = []
     for format_ in ("qcow2", "VMDK", "raw"):
-        before, after = (p[f"rehydrate, {format_}, time"][0] for p in (few, many))
+        before, after = (p[f"rehydrate, {format_}, time"][0] for p in (points[few], points[many]))
         rows.append([format_, f"{before:.2f} s", f"{after:.2f} s", f"{after / before - 1:+.1%}", f"{(after - before) / sha.seconds:.2f}"])
-    report.table(["rehydrate", "2 GB", "16 GB", "more", "of hashing those zeros"], rows)
+    report.table(["rehydrate", f"{few} GB", f"{many} GB", "more", "of hashing those zeros"], rows)
 
 
 def processors(bench, report, content):

@@ -184,7 +184,7 @@ class PatchFrom(Deltas):
         self.run(*ZSTD, f"--patch-from={base}", path, "-o", delta)
 
     def back(self, artifact):
-        return ["zstd", "-q", "-dc", "--long=31", f"--patch-from={self.bases.of(artifact)}", self.work / "delta"]
+        return ["zstd", "-q", "-dc", "--long=31", f"--patch-from={self.bases.of(artifact)}", self.work / "kept"]
 
 
 class Rdiff(Deltas):
@@ -253,20 +253,25 @@ def tables(bench, report, bases, others, order):
     report.say("## Size, against others\n")
     index = bench.index("small")
     image = size_of(bench.image("small"))
-    rows = [["published", f"{bench.published:,}", "100%", f"{bench.published / image:.2f}", "", "", "", len(order)],
-            ["image, small", f"{image:,}", f"{image / bench.published:.2%}", "1.00", "", "", "", len(order)]]
+    stored = {a["published"]["name"]: a["stored"] for a in index["artifacts"]}
+
+    def row(what, size, files, *cost, least=""):
+        """What the program stores for the same files is its dehydrated directory, small, less the metadata."""
+        ours = sum(stored[a.path.name] for a in files)
+        return [what, f"{least}{size:,}", f"{least}{size / bench.published:.2%}", f"{size / ours:.2f}", *(cost or [""] * 3), len(files)]
+
+    rows = [row("published", bench.published, order), row("image, small", image, order)]
     bars = [["published", bench.published], ["image, small", image]]
     if bench.data("fast").exists():
         fast = size_of(bench.image("fast"))
-        rows.append(["image, fast", f"{fast:,}", f"{fast / bench.published:.2%}", f"{fast / image:.2f}", "", "", "", len(order)])
+        rows.append(row("image, fast", fast, order))
         bars.append(["image, fast", fast])
     for peer in others:
         size, done = getattr(peer, "total", sum(peer.sizes.values())), len(peer.sizes)
         most = "" if done == len(order) else "≥ "
-        rows.append([peer.name, f"{most}{size:,}", f"{most}{size / bench.published:.2%}", f"{most}{size / image:.2f}",
-                     f"{peer.seconds:.0f} s", f"{peer.cpu:.0f} s", f"{peer.rss / MIB:.0f} MiB", done])
+        rows.append(row(peer.name, size, peer.sizes, f"{peer.seconds:.0f} s", f"{peer.cpu:.0f} s", f"{peer.rss / MIB:.0f} MiB", least=most))
         bars.append([peer.name + (f", {done} of {len(order)} files" if most else ""), size])
-    report.table(["what", "bytes", "of the published files", "times the image", "time", "processor time", "peak memory (anonymous)", "files"], rows)
+    report.table(["what", "bytes", "of the published files", "times what the program stores for the same files", "time", "processor time", "peak memory (anonymous)", "files"], rows)
     report.bars("Size of the whole release, in MB", [[label, size, f"{size / 1e6:.0f}", label.startswith("image")] for label, size in bars])
     report.say(f"Of all plain files together, the base first ({bases.disk.path.name}); deltas are over that disk, those of the live system "
                f"over the live rootfs, and both bases are counted, the disk as `zstd -19 --long=31`. Nobody begins with another file "
@@ -275,7 +280,6 @@ def tables(bench, report, bases, others, order):
         for artifact, said in peer.failed.items():
             report.say(f"{peer.name} failed with {artifact.path.name}: {said.splitlines()[-1]}\n")
     report.commands(command for peer in others for command in peer.commands)
-    stored = {a["published"]["name"]: a["stored"] for a in index["artifacts"]}
     each = [peer for peer in others if not hasattr(peer, "total")]
     report.say("What each file adds, in bytes:\n")
     report.table(["file", "published", "image, small", *(peer.name for peer in each)], [
@@ -314,6 +318,7 @@ def back(bench, report, bases, target, others):
     if out.exists() and best(1, ["sha256sum", out]).out[:64].decode() != target.sha256:
         raise Failed("casync extract: other bytes than the stream metadata names")
 
+    decode = decode_rootfs(bench, bases)
     size = bases.path.with_name("plain").stat().st_size
     floor = max(runs["zstd -dc, the base"].seconds, runs["sha256sum, from a file"].seconds)
     report.say("## One disk back, against others\n")
@@ -323,5 +328,22 @@ def back(bench, report, bases, target, others):
     report.table(["what", "time", "rate", "first byte", "processor time", "peak memory (anonymous)", "of the floor"], [
         [name, f"{run.seconds:.2f} s", f"{size / run.seconds / 1e6:.0f} MB/s", f"{run.first:.2f} s" if run.bytes == size else "–",
          f"{run.cpu:.2f} s", f"{run.rss / MIB:.0f} MiB", f"{run.seconds / floor:.2f}"] for name, run in runs.items()])
+    processors = len(os.sched_getaffinity(0))
+    share = decode.cpu / processors
+    ratios = "; ".join(f"{name}: {run.seconds / share:.2f} times that" for name, run in runs.items() if name.startswith("rehydrate"))
+    report.say(f"Decoding the live rootfs with its own tool takes {decode.cpu:.2f} s of processor time, {share:.2f} s on {processors} "
+               f"processors. {ratios}.\n")
     report.bars(f"Time to get one disk back ({target.label}), in seconds",
                 [[name, run.seconds, f"{run.seconds:.2f}", name.startswith("rehydrate")] for name, run in runs.items()])
+
+
+def decode_rootfs(bench, bases):
+    """Decodes all files of the live rootfs and, with EROFS, writes none of them."""
+    image, tree = bases.path.with_name("root.image"), bases.path.with_name("tree")
+    member = "root.erofs" if " erofs " in bench.options else "root.squashfs"
+    Run(["cpio", "-i", "--quiet", "--to-stdout", "-F", bases.live.path, member], keep=image)
+    if member == "root.squashfs":
+        return best(1, ["unsquashfs", "-quiet", "-no-progress", "-d", tree, image])
+    # The host's may know no LZMA.
+    where = [CI / "trixie", "exec"] if subprocess.run([CI / "trixie", "--where"], capture_output=True).returncode == 0 else []
+    return best(bench.args.repeat, [*where, "fsck.erofs", "--extract", image])
