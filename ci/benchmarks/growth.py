@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from typing import Callable, NamedTuple
 
-from .release import CI, Bench, size_of
+from .release import CI, size_of
 from .run import MIB, Failed, Run, in_turn
 
 # Of each kind of disk one: qcow2, VMDK, VMDK in an OVA, raw.
@@ -56,8 +56,7 @@ def release(bench, content, disk, platforms):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if made.returncode:
         raise Failed(made.stdout)
-    args = type(bench.args)(**{**vars(bench.args), "release": path, "work": path.with_name(f"{path.name}-work")})
-    return Bench(args)
+    return bench.of(path, path.with_name(f"{path.name}-work"))
 
 
 def measure(small, axis):

@@ -1,5 +1,6 @@
 """The release that is measured, and what the program makes of it."""
 
+import argparse
 import json
 import os
 import platform
@@ -43,7 +44,8 @@ class Bench:
         self.stream = json.loads((self.release / "stream.json").read_text())
         self.options = (self.release / ".make-stream").read_text().strip()
         arches = sorted(self.stream["architectures"])
-        self.arch = platform.machine() if platform.machine() in arches else arches[0]
+        # That of most platforms, where there is a choice.
+        self.arch = "x86_64" if "x86_64" in arches else arches[0]
         self.artifacts = []
         files = {f.name: f for f in self.release.glob("builds/*/*/*")}
         for name, of_platform in self.stream["architectures"][self.arch]["artifacts"].items():
@@ -54,6 +56,10 @@ class Bench:
                     label = "metal4k" if format_.startswith("4k") else name
                     self.artifacts.append(Artifact(label, format_, file, path, sha256))
         self.published = sum(a.path.stat().st_size for a in self.artifacts)
+
+    def of(self, release, work):
+        """The same of another release."""
+        return Bench(argparse.Namespace(**{**vars(self.args), "release": release, "work": work}))
 
     def disk(self, *labels):
         """The disk of the first of these platforms that there is."""
