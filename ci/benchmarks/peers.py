@@ -271,7 +271,8 @@ def tables(bench, report, bases, others, order):
         most = "" if done == len(order) else "≥ "
         rows.append(row(peer.name, size, peer.sizes, f"{peer.seconds:.0f} s", f"{peer.cpu:.0f} s", f"{peer.rss / MIB:.0f} MiB", least=most))
         bars.append([peer.name + (f", {done} of {len(order)} files" if most else ""), size])
-    report.table(["what", "bytes", "of the published files", "times what the program stores for the same files", "time", "processor time", "peak memory (anonymous)", "files"], rows)
+    report.table(["what", "bytes", "of the published files", "times what the program stores for the same files", "time", "processor time",
+                  "peak memory (anonymous)", "files"], rows)
     report.bars("Size of the whole release, in MB", [[label, size, f"{size / 1e6:.0f}", label.startswith("image")] for label, size in bars])
     report.say(f"Of all plain files together, the base first ({bases.disk.path.name}); deltas are over that disk, those of the live system "
                f"over the live rootfs, and both bases are counted, the disk as `zstd -19 --long=31`. Nobody begins with another file "
