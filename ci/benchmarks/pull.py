@@ -1,0 +1,67 @@
+"""An image of Debian 13 from a registry into a directory, against skopeo and umoci."""
+
+import shutil
+from typing import NamedTuple
+
+from .release import CI, size_of
+from .run import MIB, Run, free_port, in_turn, output, serving
+
+
+class Cost(NamedTuple):
+    seconds: float
+    cpu: float
+    rss: int
+
+
+def pull(bench, report):
+    report.say("## Pull an image into a directory\n")
+    work = bench.work / "pull"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    system = output(CI / "trixie")
+    whats = {"a": ["usr/lib"], "b": ["usr/bin", "usr/share"],
+             "c": ["--exclude=./usr/lib", "--exclude=./usr/bin", "--exclude=./usr/share", "."]}
+    for name, what in whats.items():
+        Run(["tar", "-C", system, "-cf", work / f"{name}.tar", *what])
+    (work / "Containerfile").write_text("FROM scratch\n" + "".join(f"ADD {name}.tar /\n" for name in whats))
+    buildah = ["buildah", "--storage-driver=vfs", "--root", work / "root", "--runroot", work / "run"]
+    Run([*buildah, "bud", "--quiet", "--layers", "--tag", "bench", work])
+    port = free_port()
+    image = f"127.0.0.1:{port}/bench"
+    (work / "registry.yml").write_text(
+        f"{{version: 0.1, log: {{level: error, accesslog: {{disabled: true}}}}, http: {{addr: '127.0.0.1:{port}'}},"
+        f" storage: {{filesystem: {{rootdirectory: '{work.resolve()}/registry'}}}}}}\n")
+    with serving(["docker-registry", "serve", work / "registry.yml"], port):
+        Run([*buildah, "push", "--quiet", "--tls-verify=false", "bench", f"docker://{image}"])
+        pulls(bench, report, work, image)
+    shutil.rmtree(work)
+
+
+def pulls(bench, report, work, image):
+    def theirs():
+        for name in ("layout", "unpacked"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        copy = Run(["skopeo", "copy", "--quiet", "--src-tls-verify=false", f"docker://{image}", f"oci:{work}/layout:x"])
+        unpack = Run(["umoci", "unpack", "--image", f"{work}/layout:x", work / "unpacked"])
+        return Cost(copy.seconds + unpack.seconds, copy.cpu + unpack.cpu, max(copy.rss, unpack.rss))
+
+    def ours(cache, cold=True):
+        for name in ("pulled", "cache") if cold else ("pulled",):
+            shutil.rmtree(work / name, ignore_errors=True)
+        run = Run(bench.rehydrator("pull", "--tls-verify=false", "--cache", cache, image, work / "pulled"))
+        return Cost(run.seconds, run.cpu, run.rss)
+
+    whats = {
+        "`skopeo copy` and `umoci unpack`": theirs,
+        "pull without a cache": lambda: ours("no"),
+        "pull with an empty cache": lambda: ours(work / "cache"),
+        "pull with all of it in the cache": lambda: ours(work / "cache", cold=False),
+    }
+    runs = in_turn(bench.args.repeat, whats.values())
+    rows = [[what, f"{run.seconds:.1f} s", f"{run.cpu:.1f} s", f"{run.rss / MIB:.0f} MiB", f"{runs[0].seconds / run.seconds:.2f}"]
+            for what, run in zip(whats, runs)]
+    Run(["chroot", work / "pulled", "/bin/true"])
+    unpacked = int(output("du", "-sb", work / "pulled").split()[0])
+    report.say(f"Debian 13 in three layers, {size_of(work / 'layout/blobs'):,} bytes, gzip; {unpacked:,} bytes in files; from "
+               f"docker-registry on this machine. `chroot DIR /bin/true` works on what was pulled.\n")
+    report.table(["what", "time", "processor time", "peak memory (anonymous)", "times as fast"], rows)

@@ -1,0 +1,56 @@
+"""What the parts found: printed at once, kept beside the work, and put together to one Markdown file with a chart."""
+
+import json
+import time
+
+from . import chart
+
+
+class Report:
+    """One part: Markdown, and panels of bars for the chart."""
+
+    def __init__(self):
+        self.lines = []
+        self.panels = []
+
+    def say(self, text=""):
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def table(self, head, rows):
+        self.say("| " + " | ".join(head) + " |")
+        self.say("| --- |" + " ---: |" * (len(head) - 1))
+        for row in rows:
+            self.say("| " + " | ".join(str(c) for c in row) + " |")
+        self.say()
+
+    def commands(self, commands):
+        self.say("```")
+        for command in commands:
+            self.say(command if isinstance(command, str) else " ".join(str(c) for c in command))
+        self.say("```\n")
+
+    def bars(self, title, rows):
+        """Rows of a label, a number, its text, and whether the program made it."""
+        self.panels.append([title, rows])
+
+    def keep(self, path, of):
+        """What a run of this part found, for a document that is put together later; `of` says of which release."""
+        path.parent.mkdir(exist_ok=True)
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+        path.write_text(json.dumps({"of": of, "when": when, "lines": self.lines, "panels": self.panels}))
+
+
+def document(output, head, kept, of):
+    """Writes the Markdown, and its chart beside it, of the parts that were kept and are of the same release."""
+    parts = [json.loads(path.read_text()) for path in kept if path.exists()]
+    parts = [part for part in parts if part["of"] == of]
+    picture = output.with_suffix(".svg")
+    panels = [panel for part in parts for panel in part["panels"]]
+    lines = list(head.lines)
+    if panels:
+        picture.write_text(chart.svg(panels))
+        lines += [f"![The same as bars; all figures are in the tables below]({picture.name})", ""]
+    for part in parts:
+        lines += [*part["lines"], f"Measured {part['when']} UTC.", ""]
+    output.write_text("\n".join(lines).rstrip("\n") + "\n")

@@ -1,0 +1,115 @@
+"""Runs commands and measures them."""
+
+import contextlib
+import os
+import re
+import select
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+class Failed(Exception):
+    """A command that did not do what was asked: the command, and what it said."""
+
+
+class Run:
+    """A command: its time, processor time, peak of anonymous memory, time to the first byte, and what it printed."""
+
+    def __init__(self, command, env=None, keep=None, cwd=None):
+        start = time.monotonic()
+        stdout = open(keep, "wb") if keep else subprocess.PIPE
+        process = subprocess.Popen(
+            [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})}, cwd=cwd,
+        )
+        os.set_blocking(process.stderr.fileno(), False)
+        self.rss = self.bytes = 0
+        self.first = None
+        self.err = self.out = b""
+        next_look = 0
+        while True:
+            chunk = None
+            if keep:
+                time.sleep(0.01)
+            elif select.select([process.stdout], [], [], 0.02)[0]:
+                # As a fast reader does: what is measured is the writer.
+                chunk = os.read(process.stdout.fileno(), MIB)
+            now = time.monotonic()
+            if chunk and self.first is None:
+                self.first = now - start
+            self.bytes += len(chunk or b"")
+            self.out = (self.out + (chunk or b""))[:4096]
+            if now >= next_look:
+                self.look(process)
+                next_look = now + 0.02
+            if chunk == b"" or keep and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        self.seconds = time.monotonic() - start
+        self.cpu = usage.ru_utime + usage.ru_stime
+        self.peak = usage.ru_maxrss * 1024
+        self.err += process.stderr.read() or b""
+        if status:
+            said = self.err.decode(errors="replace").strip()
+            raise Failed(f"{' '.join(str(c) for c in command)}: exit status {os.waitstatus_to_exitcode(status)}\n{said}")
+
+    def look(self, process):
+        self.rss = max(self.rss, anonymous(process.pid))
+        self.err += process.stderr.read() or b""
+
+    def decodes(self):
+        """Clusters of the live rootfs that were needed, and how often one was decoded."""
+        found = re.findall(rb"clusters=(\d+).* decodes=(\d+)", self.err)
+        return tuple(sum(int(f[i]) for f in found) for i in (0, 1)) if found else None
+
+
+def anonymous(pid):
+    """The anonymous memory of a process now."""
+    try:
+        found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def best(repeat, *args, **kwargs):
+    return min((Run(*args, **kwargs) for _ in range(repeat)), key=lambda run: run.seconds)
+
+
+def in_turn(repeat, measures, key=lambda run: run.seconds):
+    """The best run of each measure, a function; they take turns, so that what else the machine does meets them all."""
+    runs = [[measure() for measure in measures] for _ in range(repeat)]
+    return [min(column, key=key) for column in zip(*runs)]
+
+
+def output(*command):
+    """What a command prints, which is not measured."""
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(command, port):
+    """While a server runs that listens on this port of the machine."""
+    server = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with socket.socket() as up:
+                if up.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if server.poll() is not None:
+                raise Failed(f"{command}: exit status {server.returncode}")
+            time.sleep(0.1)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
