@@ -21,7 +21,7 @@ COMMITTED = CI / "bench-ratios.json"
 # One of each kind; all of a release would take several times as long, and say no more.
 PLATFORMS = ("qemu", "openstack", "aws", "hetzner", "metal")
 FALL = 0.25
-RUNS, ROUNDS = 7, 3
+RUNS, ROUNDS = 5, 3
 ZSTD = ["zstd", "-q", "-9", "--long=27", "-c"]
 
 
