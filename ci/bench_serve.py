@@ -29,7 +29,7 @@ def serve(bench):
         rows = []
         for clients in (1, 8, 64):
             runs = {name: [] for name in urls}
-            count = max(clients, min(1000, 20_000_000_000 // size))
+            count = max(clients, min(1000, 5_000_000_000 // size))
             for _ in range(bench.args.repeat):
                 # In turns: what else the machine does falls on both.
                 for name, (server, url) in urls.items():

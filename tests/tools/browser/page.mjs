@@ -63,7 +63,7 @@ for (const [screen, options] of Object.entries(screens)) {
   const page = await open(screens.desktop);
   await openAll(page);
   const links = await page.locator('a[href]').evaluateAll((all) => all.map((a) => [a.getAttribute('href'), a.hasAttribute('download')]));
-  assert(links.length > 60, `${links.length} links`);
+  assert(links.length > 50, `${links.length} links`);
   for (const [i, [href, download]] of links.entries()) {
     const link = page.locator('a[href]').nth(i);
     if (href.startsWith('#')) {
