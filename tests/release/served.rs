@@ -1,8 +1,6 @@
 //! The release over HTTP: every file of it, to many clients at the same time, out of a directory, a registry and a layout.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
