@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use tokio::sync::watch;
 
+use super::mapped::Mapped;
 use super::metrics::Metrics;
 use crate::digest::Digest;
 use crate::io::{SparseWriter, scratch_file};
@@ -36,12 +37,20 @@ pub struct Made {
     /// Its bytes.
     pub file: File,
     stage: watch::Sender<Stage>,
+    mapped: OnceLock<Option<Arc<Mapped>>>,
 }
 
 impl Made {
     /// How far it is, now and from now on.
     pub fn stage(&self) -> watch::Receiver<Stage> {
         self.stage.subscribe()
+    }
+
+    /// Its bytes to be sent by the kernel, once it is whole.
+    pub fn mapped(&self) -> Option<&Arc<Mapped>> {
+        let whole = self.stage.borrow().end == Some(true) && self.size > 0;
+        let map = || self.file.try_clone().and_then(Mapped::new).ok();
+        whole.then(|| self.mapped.get_or_init(map).as_ref()).flatten()
     }
 }
 
@@ -160,9 +169,11 @@ impl Cache {
         self.metrics.misses.add(1);
         let file = scratch_file(&self.dir).with_context(|| self.dir.display().to_string())?;
         let out = file.try_clone()?;
+        // Who reads behind the writer reads holes, too, before there is anything after them.
+        file.set_len(size).with_context(|| self.dir.display().to_string())?;
         self.room(&mut state, size)?;
         let stage = watch::Sender::new(Stage::default());
-        let made = Arc::new(Made { name: name.to_owned(), size, file, stage });
+        let made = Arc::new(Made { name: name.to_owned(), size, file, stage, mapped: OnceLock::new() });
         state.files.insert(digest, Kept { made: made.clone(), used: now });
         drop(state);
         let job = Job { cache: self.clone(), made: made.clone(), digest, good: false, started: None };
@@ -248,5 +259,34 @@ impl Output for Follower<'_> {
         self.out.skip(len);
         self.advance(len);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_hole_can_be_read_while_the_rest_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::new(dir.path().to_owned(), 1 << 20, 1, Arc::default()).unwrap();
+        let (go_on, wait) = std::sync::mpsc::channel::<()>();
+        let made = cache.get(Digest::of(b""), "x", 5007, move |out| {
+            out.zeros(5000)?;
+            wait.recv()?;
+            Ok(out.write_all(b"the end")?)
+        });
+        let made = made.unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let mut stage = made.stage();
+        runtime.block_on(stage.wait_for(|stage| stage.written == 5000)).unwrap();
+        let mut bytes = [1; 5000];
+        made.file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == [0; 5000] && made.mapped().is_none());
+        go_on.send(()).unwrap();
+        runtime.block_on(stage.wait_for(|stage| stage.end == Some(true))).unwrap();
+        assert_eq!(&made.mapped().unwrap().slice(4999..5007)[..], b"\0the end");
     }
 }

@@ -1,7 +1,8 @@
 //! Bodies: bytes of a file from one position to another, in chunks that are read ahead of the client by one.
 //!
 //! A file is read where it is made (`Live`), or out of the cache (`Made`). Who asks for all of it gets its last bytes only
-//! when its digest was right, and a connection that breaks otherwise: no client takes for whole what is damaged.
+//! when its digest was right, and a connection that breaks otherwise: no client takes for whole what is damaged. What is in
+//! the cache, whole, and goes out without TLS is sent by the kernel (`mapped`).
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -13,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::cache::Made;
+use super::mapped::Mapped;
 use super::metrics::Metrics;
 use crate::digest::{Digest, Hasher};
 use crate::source::Source;
@@ -25,6 +27,9 @@ const BUFFERS: u64 = 128 << 20;
 
 /// Chunks are not made shorter than this, however many downloads there are.
 const MIN_CHUNK: u64 = 32 << 10;
+
+/// As much as is given to the kernel to send at a time.
+const SLICE: usize = 1 << 20;
 
 /// Where bytes come from.
 #[derive(Clone)]
@@ -43,6 +48,22 @@ pub struct Reading {
     pub metrics: Arc<Metrics>,
 }
 
+/// Counts a body as long as it is there.
+struct Sending(Arc<Reading>);
+
+impl Sending {
+    fn new(shared: &Arc<Reading>) -> Self {
+        shared.metrics.streams.add(1);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.metrics.streams.less();
+    }
+}
+
 /// Reads the rest of a file.
 struct Rest {
     content: Content,
@@ -55,13 +76,27 @@ struct Rest {
     hash: Option<Hasher<io::Sink>>,
     ahead: Option<JoinHandle<Chunk>>,
     shared: Arc<Reading>,
+    _sending: Sending,
 }
 
 type Chunk = io::Result<(Bytes, Option<Hasher<io::Sink>>)>;
 
-/// The bytes `range` of a file of `size` bytes that is called `name`.
-pub fn body(content: Content, name: &str, range: Range<u64>, size: u64, shared: &Arc<Reading>) -> Body {
-    shared.metrics.streams.add(1);
+/// The bytes `range` of a file of `size` bytes that is called `name`; `plain` if nothing encrypts them on their way.
+pub fn body(
+    content: Content,
+    name: &str,
+    range: Range<u64>,
+    size: u64,
+    shared: &Arc<Reading>,
+    plain: bool,
+) -> Body {
+    let sending = Sending::new(shared);
+    if plain
+        && let Content::Made(made) = &content
+        && let Some(mapped) = made.mapped()
+    {
+        return slices(made.clone(), mapped.clone(), range.start as usize..range.end as usize, sending);
+    }
     let whole = range == (0..size);
     let hash = matches!(content, Content::Live(..)) && whole;
     let rest = Rest {
@@ -73,8 +108,18 @@ pub fn body(content: Content, name: &str, range: Range<u64>, size: u64, shared: 
         hash: hash.then(|| Hasher::new(io::sink())),
         ahead: None,
         shared: shared.clone(),
+        _sending: sending,
     };
     Body::from_stream(futures_util::stream::try_unfold(rest, Rest::next))
+}
+
+/// Bytes that are there. What is being sent stays in the cache: its space would not become free.
+fn slices(made: Arc<Made>, mapped: Arc<Mapped>, range: Range<usize>, sending: Sending) -> Body {
+    let starts = range.clone().step_by(SLICE);
+    Body::from_stream(futures_util::stream::iter(starts.map(move |start| {
+        let _while_sending = (&made, &sending);
+        Ok::<_, io::Error>(mapped.slice(start..range.end.min(start + SLICE)))
+    })))
 }
 
 impl Rest {
@@ -151,7 +196,6 @@ impl Rest {
 
 impl Drop for Rest {
     fn drop(&mut self) {
-        self.shared.metrics.streams.less();
         if let Some(ahead) = &self.ahead {
             ahead.abort();
         }

@@ -3,7 +3,7 @@
 //! A client has so many seconds for the headers of a request (`--timeout`), may ask for nothing as long, and must take some
 //! bytes of what it asked for in that time. How long an answer takes to make is not limited.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -24,13 +24,14 @@ use hyper_util::service::TowerToHyperService;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use super::mapped;
 use super::metrics::Metrics;
 use super::observe::Connection;
 
@@ -323,9 +324,8 @@ impl Accepting {
             tokio::spawn(async move {
                 metrics.connections.add(1);
                 let stream = Timed { inner: stream, limit: limits.timeout, waiting: None };
-                let connection = Arc::new(Connection::new(
-                    peer.map_or_else(|| "unix".to_owned(), |peer| peer.to_string()),
-                ));
+                let peer = peer.map_or_else(|| "unix".to_owned(), |peer| peer.to_string());
+                let connection = Arc::new(Connection::new(peer, config.is_none()));
                 match config {
                     None => converse(stream, router, &limits, connection, watcher).await,
                     Some(config) => {
@@ -387,9 +387,44 @@ async fn converse(
 }
 
 /// Any stream.
-trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+trait Io: AsyncRead + AsyncWrite + Unpin + Send {
+    /// Has the kernel send `len` bytes of a file.
+    fn poll_send(
+        &self,
+        cx: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        len: usize,
+    ) -> Poll<io::Result<usize>>;
+}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
+macro_rules! io_of {
+    ($stream:ty) => {
+        impl Io for $stream {
+            fn poll_send(
+                &self,
+                cx: &mut Context<'_>,
+                file: &File,
+                mut offset: u64,
+                len: usize,
+            ) -> Poll<io::Result<usize>> {
+                loop {
+                    ready!(self.poll_write_ready(cx))?;
+                    let mut send = || rustix::fs::sendfile(self, file, Some(&mut offset), len);
+                    let send = || -> io::Result<usize> { Ok(rustix::io::retry_on_intr(&mut send)?) };
+                    match self.try_io(Interest::WRITABLE, send) {
+                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                        Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                        sent => return Poll::Ready(sent),
+                    }
+                }
+            }
+        }
+    };
+}
+
+io_of!(TcpStream);
+io_of!(UnixStream);
 
 /// A stream that fails when the other end takes nothing of what is sent for too long.
 struct Timed {
@@ -435,7 +470,15 @@ impl AsyncWrite for Timed {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let sent = Pin::new(&mut *self.inner).poll_write_vectored(cx, bufs);
+        // A head is no file, and goes before one.
+        let found = bufs.iter().enumerate().find_map(|(i, buf)| Some((i, buf.len(), mapped::find(buf)?)));
+        let sent = match found {
+            Some((i, ..)) if bufs[..i].iter().any(|buf| !buf.is_empty()) => {
+                Pin::new(&mut *self.inner).poll_write_vectored(cx, &bufs[..i])
+            }
+            Some((_, len, (mapped, offset))) => self.inner.poll_send(cx, &mapped.file, offset, len),
+            None => Pin::new(&mut *self.inner).poll_write_vectored(cx, bufs),
+        };
         self.check(cx, sent)
     }
 

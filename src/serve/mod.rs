@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! listen ─► observe ─► router ─► releases ─► content ◄── cache      (files: live out of sources, or made once)
-//!                         └────► page, netboot, metrics
+//!                         └────► page, netboot, metrics        └─► mapped    (files of it that the kernel sends by itself)
 //! ```
 //!
 //! The server keeps no state: several of them behind any balancer give the same answers. `docs/serve.md` is for those who
@@ -12,6 +12,7 @@ pub mod cache;
 pub mod content;
 pub mod http;
 pub mod listen;
+pub mod mapped;
 pub mod metrics;
 pub mod netboot;
 pub mod observe;
@@ -232,7 +233,9 @@ impl App {
             Ok(Opened::Bytes(bytes)) => file.bytes(&parts.method, &parts.headers, &bytes),
             Ok(Opened::Content(content)) => {
                 let name = &entry.file.name;
-                let body = |range| content::body(content, name, range, file.size, &self.reading);
+                let connection = parts.extensions.get::<Arc<observe::Connection>>();
+                let plain = connection.is_some_and(|connection| connection.plain);
+                let body = |range| content::body(content, name, range, file.size, &self.reading, plain);
                 file.respond(&parts.method, &wanted, body)
             }
             Err(e) => {

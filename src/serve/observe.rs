@@ -28,6 +28,8 @@ const MAX_TEXT: usize = 512;
 pub struct Connection {
     /// Who is at the other end.
     pub peer: String,
+    /// Whether what is sent goes over it as it is, without TLS.
+    pub plain: bool,
     /// Requests that are being answered.
     active: AtomicUsize,
     /// When the last one was done, in milliseconds since `started`.
@@ -37,8 +39,8 @@ pub struct Connection {
 
 impl Connection {
     /// One that has just been made.
-    pub fn new(peer: String) -> Self {
-        Self { peer, active: AtomicUsize::new(0), last: AtomicU64::new(0), started: Instant::now() }
+    pub fn new(peer: String, plain: bool) -> Self {
+        Self { peer, plain, active: AtomicUsize::new(0), last: AtomicU64::new(0), started: Instant::now() }
     }
 
     /// For how many milliseconds nothing was asked for.

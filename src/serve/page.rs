@@ -157,3 +157,20 @@ fn row(artifact: &Artifact, dir: &str, id: String) -> Row {
         signature: artifact.signature.map(|_| format!("/{dir}/{published}{}", crate::catalog::SIGNATURE)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_made_is_on_the_page() {
+        let base: Url = "http://h/".parse().unwrap();
+        let making = vec![("<disk>.xz".to_owned(), 1 << 20, 4 << 20)];
+        let html = Page::new(&[], &base, making, false).render().unwrap();
+        for wanted in ["http-equiv=\"refresh\"", "&#60;disk&#62;.xz: 1", "max=\"100\" value=\"25\"", "25 %"] {
+            assert!(html.contains(wanted), "{wanted}: {html}");
+        }
+        let html = Page::new(&[], &base, Vec::new(), false).render().unwrap();
+        assert!(!html.contains("refresh") && html.contains("No release is served here."), "{html}");
+    }
+}

@@ -13,8 +13,14 @@ fn root(path: &str) -> PathBuf {
 
 #[test]
 fn systemd_takes_the_units() {
+    const UNITS: [&str; 4] = [
+        "rehydrator-mirror.service",
+        "rehydrator-mirror.timer",
+        "rehydrator-serve.service",
+        "rehydrator-serve.socket",
+    ];
     let dir = tempfile::tempdir().unwrap();
-    for name in ["rehydrator-mirror.service", "rehydrator-mirror.timer"] {
+    for name in UNITS {
         let unit = fs::read_to_string(root("contrib/systemd").join(name)).unwrap();
         // It wants the program to be there.
         let unit = unit.replace("/usr/bin/rehydrator ", concat!(env!("CARGO_BIN_EXE_rehydrator"), " "));
@@ -26,10 +32,10 @@ fn systemd_takes_the_units() {
         let output = command.output().expect("systemd-analyze is needed: install systemd");
         (output.status.success(), String::from_utf8(output.stderr).unwrap())
     };
-    for name in ["rehydrator-mirror.service", "rehydrator-mirror.timer"] {
+    for name in UNITS {
         let (good, said) = verify(name);
         // It says so of what is not known, and succeeds.
-        assert!(good && !said.contains("rehydrator-mirror"), "{said}");
+        assert!(good && !said.contains("rehydrator-"), "{said}");
     }
     let bad =
         fs::read_to_string(dir.path().join("rehydrator-mirror.service")).unwrap() + "NoNewPrivilege=yes\n";
@@ -37,31 +43,47 @@ fn systemd_takes_the_units() {
     assert!(verify("bad-rehydrator-mirror.service").1.contains("NoNewPrivilege"), "it would not say");
 }
 
-#[test]
-fn kubernetes_takes_the_manifests() {
+/// The objects of a manifest, as JSON.
+fn objects(name: &str) -> Vec<String> {
     const SCRIPT: &str =
         "import json, sys, yaml\nfor d in yaml.safe_load_all(sys.stdin): print(json.dumps(d))";
-    let manifest = fs::File::open(root("contrib/kubernetes/mirror-cronjob.yaml")).unwrap();
+    let manifest = fs::File::open(root("contrib/kubernetes").join(name)).unwrap();
     let json = ok(Command::new("/usr/bin/python3").args(["-c", SCRIPT]).stdin(manifest));
-    let mut documents: Vec<&str> = json.lines().collect();
-    assert_eq!(documents.len(), 2);
-    let misspelt = documents[1].replace("readOnlyRootFilesystem", "readonlyRootFilesystem");
-    let misplaced = documents[1].replace("\"backoffLimit\": 0", "\"backoffLimit\": \"0\"");
-    documents.extend([misspelt.as_str(), misplaced.as_str()]);
-    assert!(documents[2] != documents[1] && documents[3] != documents[1]);
-    let verdicts = validate(&root("tests/mirror/kubernetes.schema.json"), &documents);
-    assert_eq!(
-        verdicts.iter().map(|v| v == "true").collect::<Vec<_>>(),
-        [true, true, false, false],
-        "{verdicts:?}"
-    );
-    for must in [
-        "\"readOnlyRootFilesystem\": true",
-        "\"runAsNonRoot\": true",
-        "\"seccompProfile\": {\"type\": \"RuntimeDefault\"}",
-        "\"allowPrivilegeEscalation\": false",
-        "\"capabilities\": {\"drop\": [\"ALL\"]}",
+    json.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn kubernetes_takes_the_manifests() {
+    // Of each file the object that has the pods, and a number in it.
+    for (name, kinds, pods, number) in [
+        ("mirror-cronjob.yaml", &["PersistentVolumeClaim", "CronJob"][..], 1, "backoffLimit\": 0"),
+        ("serve.yaml", &["Deployment", "Service", "HorizontalPodAutoscaler"], 0, "PeriodSeconds\": 640"),
     ] {
-        assert!(documents[1].contains(must), "{must}");
+        let mut documents = objects(name);
+        assert_eq!(documents.len(), kinds.len(), "{name}");
+        for (document, kind) in documents.iter().zip(kinds) {
+            assert!(document.contains(&format!("\"kind\": \"{kind}\"")), "{document}");
+        }
+        let good = documents[pods].clone();
+        for must in [
+            "\"readOnlyRootFilesystem\": true",
+            "\"runAsNonRoot\": true",
+            "\"seccompProfile\": {\"type\": \"RuntimeDefault\"}",
+            "\"allowPrivilegeEscalation\": false",
+            "\"capabilities\": {\"drop\": [\"ALL\"]}",
+        ] {
+            assert!(good.contains(must), "{name}: {must}");
+        }
+        let (key, value) = number.split_once(' ').unwrap();
+        for (right, wrong) in
+            [("readOnlyRootFilesystem", "readonlyRootFilesystem"), (number, &*format!("{key} \"{value}\""))]
+        {
+            assert!(good.contains(right), "{name}: {right}");
+            documents.push(good.replace(right, wrong));
+        }
+        let texts: Vec<&str> = documents.iter().map(String::as_str).collect();
+        let verdicts = validate(&root("tests/mirror/kubernetes.schema.json"), &texts);
+        let wanted: Vec<bool> = (0..documents.len()).map(|i| i < kinds.len()).collect();
+        assert_eq!(verdicts.iter().map(|v| v == "true").collect::<Vec<_>>(), wanted, "{verdicts:?}");
     }
 }

@@ -9,7 +9,13 @@ DIR is kubernetes_validate/kubernetes-json-schema/vX.Y.Z-local-strict of the pac
 import json
 import sys
 
-OBJECTS = ["io.k8s.api.batch.v1.CronJob", "io.k8s.api.core.v1.PersistentVolumeClaim"]
+OBJECTS = [
+    "io.k8s.api.apps.v1.Deployment",
+    "io.k8s.api.autoscaling.v2.HorizontalPodAutoscaler",
+    "io.k8s.api.batch.v1.CronJob",
+    "io.k8s.api.core.v1.PersistentVolumeClaim",
+    "io.k8s.api.core.v1.Service",
+]
 
 with open(f"{sys.argv[1]}/_definitions.json") as f:
     definitions = json.load(f)["$defs"]

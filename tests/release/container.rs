@@ -1,8 +1,14 @@
 //! The image of the release, run by podman as a user would who trusts it with nothing: no network, no capabilities, no
 //! root, nothing that can be written.
 
-use std::fs::File;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rehydrator::digest::Digest;
+use serde_json::Value;
 
 use crate::common::{ok, rehydrator, release, sha256sum, tool};
 
@@ -37,5 +43,36 @@ fn a_container_gives_the_same_bytes() {
     }
     run(&["print-stream-json"], &out);
     assert_eq!(sha256sum(&out), sha256sum(&workdir.dir.path().join("stream.json")));
+    serves(root, &dir.path().join("run"), &name);
     ok(tool("podman").args(["rmi", "--force", &name]));
+}
+
+/// `serve` in it, on a socket in the only directory that it may write.
+fn serves(root: &Path, run: &Path, image: &str) {
+    fs::create_dir(run).unwrap();
+    fs::set_permissions(run, Permissions::from_mode(0o777)).unwrap();
+    let container = format!("rehydrator-serve-{}", std::process::id());
+    let mut server = tool("bash");
+    server.arg(root.join("ci/podman")).args(["run", "--rm", "--read-only", "--network=none"]);
+    server.args(["--read-only-tmpfs=false", "--cap-drop=all", "--user", "1000", "--name", &container]);
+    server.arg("-v").arg(format!("{}:/run:z", run.display())).arg(image);
+    server.args(["serve", "--listen=unix:/run/socket", "--cache=/run", "--memory=256M", "--access-log=none"]);
+    let mut server = server.stderr(Stdio::null()).spawn().unwrap();
+    let get = |path: &str| {
+        let mut curl = tool("curl");
+        curl.args(["-sSf", "--max-time", "60", "--unix-socket"]).arg(run.join("socket"));
+        curl.arg(format!("http://h{path}")).output().unwrap()
+    };
+    let start = Instant::now();
+    while !get("/readyz").status.success() {
+        assert!(server.try_wait().unwrap().is_none(), "it ended");
+        assert!(start.elapsed() < Duration::from_secs(60), "it does not answer");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let document: Value = serde_json::from_slice(&get("/streams/stable.json").stdout).unwrap();
+    let disk = &document["architectures"]["x86_64"]["artifacts"]["openstack"]["formats"]["qcow2.xz"]["disk"];
+    let bytes = get(disk["location"].as_str().unwrap().strip_prefix("http://h").unwrap()).stdout;
+    assert_eq!(Digest::of(&bytes).to_string(), disk["sha256"].as_str().unwrap());
+    ok(tool("podman").args(["stop", "--time=60", &container]));
+    assert!(server.wait().unwrap().success());
 }

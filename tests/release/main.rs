@@ -6,13 +6,19 @@
 mod common;
 mod container;
 mod damage;
+mod page;
 mod previous;
 mod published;
 mod recipes;
 #[allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses a part")]
 #[path = "../registry/common.rs"]
 mod registry;
+#[path = "../tools/serve.rs"]
+mod serve;
+mod served;
 mod server;
+#[path = "../tools/serving.rs"]
+mod serving;
 #[path = "../tools/small.rs"]
 mod small;
 #[path = "../tools/mod.rs"]

@@ -2,21 +2,24 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
 
-#[path = "release/common.rs"]
+mod boot;
+#[path = "../release/common.rs"]
 mod common;
-#[path = "tools/release.rs"]
+mod load;
+#[path = "../tools/release.rs"]
 mod release;
-#[path = "tools/serving.rs"]
+#[path = "../tools/serve.rs"]
+mod serve;
+#[path = "../tools/serving.rs"]
 mod serving;
-#[path = "tools/small.rs"]
+#[path = "../tools/small.rs"]
 mod small;
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -24,7 +27,7 @@ use common::{ok, rehydrator};
 use rehydrator::digest::Digest;
 use rehydrator::recipe::{Index, SourceSpec, Tier};
 use serde_json::{Value, json};
-use serving::Serving;
+use serve::{Serve, files, ranges};
 use small::{Random, sh, small_stream};
 use tempfile::TempDir;
 
@@ -37,17 +40,22 @@ fn releases() -> &'static (PathBuf, PathBuf) {
         small_stream(disks.path());
         ok(rehydrator().args(["build", "dehydrate", "--workdir"]).arg(disks.path()));
         let live = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        write_live(live.path());
+        write_live(live.path(), &live_files());
         let dirs = (disks.path().join("dehydrated"), live.path().to_owned());
         (disks, live, dirs)
     });
     dirs
 }
 
-fn write_live(dir: &Path) {
+/// Kernel, initramfs, rootfs and ISO of a live system.
+fn live_files() -> [Vec<u8>; 4] {
     let mut random = Random(3);
+    std::array::from_fn(|_| random.bytes(3_000_000))
+}
+
+/// A release of only these.
+fn write_live(dir: &Path, blobs: &[Vec<u8>; 4]) {
     let files = ["kernel.pxe", "initramfs.pxe", "rootfs.pxe", "disk.iso"];
-    let blobs: Vec<Vec<u8>> = files.iter().map(|_| random.bytes(3_000_000)).collect();
     let mut artifacts = Vec::new();
     let (mut pxe, mut iso) = (json!({}), json!({}));
     for (i, file) in files.iter().enumerate() {
@@ -69,87 +77,15 @@ fn write_live(dir: &Path) {
     release::write(dir, stream.to_string().as_bytes(), artifacts, sources, &blobs);
 }
 
-/// The program as it serves.
-struct Serve {
-    serving: Serving,
-    url: String,
-    dir: TempDir,
-}
-
-impl Serve {
-    fn start(data: &[&Path], args: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut all: Vec<OsString> = args.iter().map(Into::into).collect();
-        all.extend(["--access-log".into(), dir.path().join("log").into()]);
-        all.extend(["--cache".into(), dir.path().into()]);
-        all.extend(data.iter().flat_map(|data| ["--data".into(), data.into()]));
-        let serving = Serving::start(all);
-        let scheme = if args.contains(&"--tls-cert") { "https" } else { "http" };
-        Self { url: format!("{scheme}://{}", serving.address), serving, dir }
-    }
-
-    fn both() -> Self {
-        let (disks, live) = releases();
-        Self::start(&[disks, live], &[])
-    }
-
-    fn address(&self) -> &str {
-        &self.serving.address
-    }
-
-    /// What curl says and gets with these arguments, the last of which is a path.
-    fn curl(&self, args: &[&str]) -> Output {
-        let (path, args) = args.split_last().unwrap();
-        let mut command = Command::new("curl");
-        command
-            .args(["-sS", "--max-time", "60", "--path-as-is", "--globoff"])
-            .args(args)
-            .arg(format!("{}{path}", self.url));
-        command.output().expect("curl is needed: install curl")
-    }
-
-    fn get(&self, path: &str) -> Vec<u8> {
-        let output = self.curl(&["-f", path]);
-        assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
-        output.stdout
-    }
-
-    fn text(&self, path: &str) -> String {
-        String::from_utf8(self.get(path)).unwrap()
-    }
-
-    /// The status code and the headers, in small letters.
-    fn head(&self, args: &[&str]) -> (u16, String) {
-        let output = self.curl(&[&["-D", "-", "-o", "/dev/null"], args].concat());
-        let text = String::from_utf8(output.stdout).unwrap().to_ascii_lowercase();
-        let code = text.split(' ').nth(1).unwrap_or_else(|| panic!("{args:?}: {text}")).parse().unwrap();
-        (code, text)
-    }
-
-    fn signal(&self, name: &str) {
-        sh(Path::new("/"), &format!("kill -{name} {}", self.serving.child.id()));
-    }
-}
-
-/// The document of a stream, and the path of each file in it, with the digest that it is to have.
-fn files(serve: &Serve, stream: &str) -> Vec<(String, Digest, bool)> {
-    let document: Value = serde_json::from_slice(&serve.get(&format!("/streams/{stream}.json"))).unwrap();
-    let mut files = Vec::new();
-    let mut todo = vec![&document];
-    while let Some(value) = todo.pop() {
-        if let Some(location) = value["location"].as_str() {
-            let path = location.strip_prefix(&serve.url).unwrap_or_else(|| panic!("{location}"));
-            let signed = value.get("signature").is_some();
-            files.push((path.to_owned(), value["sha256"].as_str().unwrap().parse().unwrap(), signed));
-        }
-        todo.extend(value.as_object().into_iter().flat_map(|o| o.values()));
-    }
-    files
+/// Both of them, served.
+fn both() -> Serve {
+    let (disks, live) = releases();
+    Serve::start(&[disks, live], &[])
 }
 
 #[test]
 fn files_of_a_release() {
-    let serve = Serve::both();
+    let serve = both();
     let (disks, live) = releases();
     let original = |dir: &Path| fs::read(dir.join("stream.json")).unwrap();
     assert_eq!(serve.get("/streams/test.json?original"), original(disks));
@@ -180,39 +116,14 @@ fn files_of_a_release() {
         ranges(&serve, &path, &bytes, &mut random);
         plain += 1;
     }
-    assert_eq!((published, plain), (7, 4));
-}
-
-/// Conditions and ranges, against what was got in one piece.
-fn ranges(serve: &Serve, path: &str, bytes: &[u8], random: &mut Random) {
-    let (code, headers) = serve.head(&["-I", path]);
-    let name = path.rsplit_once('/').unwrap().1.to_ascii_lowercase();
-    assert_eq!(code, 200, "{path}");
-    assert!(headers.contains(&format!("content-length: {}\r\n", bytes.len())), "{path}: {headers}");
-    assert!(headers.contains("accept-ranges: bytes\r\n"), "{path}: {headers}");
-    assert!(headers.contains(&format!("filename=\"{name}\"")), "{path}: {headers}");
-    let etag = format!("\"{}\"", Digest::of(bytes));
-    assert!(headers.contains(&format!("etag: {etag}\r\n")), "{path}: {headers}");
-    let with = |name: &str, value: &str| serve.head(&["-H", &format!("{name}: {value}"), path]).0;
-    assert_eq!(with("If-None-Match", &format!("\"x\", W/{etag}")), 304, "{path}");
-    assert_eq!(with("If-Match", "\"x\""), 412, "{path}");
-    assert_eq!(with("Range", &format!("bytes={}-", bytes.len())), 416, "{path}");
-    let range = |range: &str, more: &[&str]| serve.curl(&[&["-r", range], more, &[path]].concat()).stdout;
-    for _ in 0..6 {
-        let start = random.below(bytes.len());
-        let end = start + random.below(bytes.len() - start);
-        assert!(range(&format!("{start}-{end}"), &[]) == bytes[start..=end], "{path}: {start}-{end}");
-    }
-    let tail = bytes.len() - 1000.min(bytes.len());
-    assert!(range("-1000", &[]) == bytes[tail..], "{path}");
-    assert!(range(&format!("{tail}-"), &["-H", &format!("If-Range: {etag}")]) == bytes[tail..], "{path}");
-    assert!(range("0-9", &["-H", "If-Range: \"x\""]) == bytes, "{path}");
+    // Three disks as published and plain, and four files of the live system; the plain form of each disk.
+    assert_eq!((published, plain), (10, 4));
 }
 
 #[test]
 fn what_is_damaged_is_not_taken_for_whole() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    write_live(dir.path());
+    write_live(dir.path(), &live_files());
     let serve = Serve::start(&[dir.path()], &[]);
     for (path, digest, _) in files(&serve, "stable") {
         let blob = dir.path().join(format!("blobs/sha256/{digest}"));
@@ -224,54 +135,14 @@ fn what_is_damaged_is_not_taken_for_whole() {
         assert!(output.stdout.len() < 3_000_000, "{path}: all of it came");
     }
     // Who watches the server sees it.
-    let metrics = serve.text("/metrics");
-    let count = |name: &str| -> u64 {
-        let line = metrics.lines().find_map(|line| line.strip_prefix(&format!("rehydrator_{name} ")));
-        line.unwrap_or_else(|| panic!("{name}: {metrics}")).parse().unwrap()
-    };
-    assert_eq!(
-        count("digest_mismatches_total") + count("rehydrations_total{result=\"failed\"}"),
-        4,
-        "{metrics}"
-    );
+    let failed = serve.count("rehydrations_total{result=\"failed\"}");
+    assert_eq!(serve.count("digest_mismatches_total") + failed, 4);
     assert_eq!(serve.text("/healthz"), "ok\n");
 }
 
 #[test]
-fn boots_over_the_network() {
-    let (disks, live) = releases();
-    let configs = tempfile::tempdir().unwrap();
-    fs::write(configs.path().join("a.ign"), "{}").unwrap();
-    std::os::unix::fs::symlink("/etc/passwd", configs.path().join("b.ign")).unwrap();
-    let serve = Serve::start(&[live, disks], &["--ignition", configs.path().to_str().unwrap()]);
-    let script = serve.text("/boot.ipxe?ignition=http://h/${mac:hexhyp}.ign");
-    assert!(
-        script.starts_with("#!ipxe\n") && script.contains("ignition.config.url=http://h/${mac:hexhyp}.ign")
-    );
-    assert_eq!(serve.text("/boot/stable/x86_64.ipxe"), serve.text("/boot.ipxe"));
-    let base = script.lines().find_map(|l| l.strip_prefix("set base ")).unwrap();
-    let mut found = 0;
-    for word in script.split_whitespace() {
-        let word = word.strip_prefix("coreos.live.rootfs_url=").unwrap_or(word);
-        if let Some(name) = word.strip_prefix("${base}") {
-            let url = format!("{base}{name}");
-            assert_eq!(serve.get(url.strip_prefix(&serve.url).unwrap()).len(), 3_000_000);
-            found += 1;
-        }
-    }
-    assert_eq!(found, 3, "{script}");
-    assert_eq!(serve.text("/ignition/a.ign"), "{}");
-    for path in
-        ["/ignition/b.ign", "/ignition/c.ign", "/ignition/", "/boot/stable/riscv64.ipxe", "/boot/x.ipxe"]
-    {
-        assert_eq!(serve.head(&[path]).0, 404, "{path}");
-    }
-    assert_eq!(serve.head(&["/boot.ipxe?ignition=http://h/a%20b"]).0, 400);
-}
-
-#[test]
 fn a_page_for_people() {
-    let serve = Serve::both();
+    let serve = both();
     let page = serve.text("/");
     for wanted in
         ["<html lang", "<title>", "stable", "44.1", "podman run", "a.raw.xz", "prefers-color-scheme"]
@@ -306,7 +177,7 @@ fn raw(serve: &Serve, request: &[u8]) -> String {
 
 #[test]
 fn hostile_requests() {
-    let serve = Serve::both();
+    let serve = both();
     let path = files(&serve, "stable").pop().unwrap().0;
     let mut requests: Vec<Vec<u8>> = Vec::new();
     let mut paths: Vec<String> = Vec::new();
@@ -425,41 +296,6 @@ fn hostile_requests() {
 }
 
 #[test]
-fn slow_clients_and_many() {
-    let (disks, live) = releases();
-    let serve = Serve::start(&[disks, live], &["--timeout", "5s", "--memory", "256M"]);
-    // Who never finishes a request does not keep others from theirs, and is thrown out.
-    let slow: Vec<TcpStream> = (0..300)
-        .map(|_| {
-            let mut stream = TcpStream::connect(serve.address()).unwrap();
-            stream.write_all(b"GET / HTTP/1.1\r\nX: ").unwrap();
-            stream
-        })
-        .collect();
-    let wanted = files(&serve, "test");
-    std::thread::scope(|scope| {
-        for i in 0..64 {
-            let (path, digest, _) = &wanted[i % wanted.len()];
-            let serve = &serve;
-            scope.spawn(move || assert_eq!(Digest::of(&serve.get(path)), *digest, "{path}"));
-        }
-    });
-    for mut stream in slow {
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let _ = stream
-            .read_to_end(&mut Vec::new())
-            .map_err(|e| assert_ne!(e.kind(), std::io::ErrorKind::WouldBlock));
-    }
-    let status = fs::read_to_string(format!("/proc/{}/status", serve.serving.child.id())).unwrap();
-    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap().trim().trim_end_matches(" kB");
-    let peak: u64 = peak.parse().unwrap();
-    assert!(peak < 512 << 10, "{peak} KiB");
-    let log = fs::read_to_string(serve.dir.path().join("log")).unwrap();
-    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(lines.iter().filter(|l| l["path"].as_str().unwrap().starts_with("/prod/")).count() >= 64);
-}
-
-#[test]
 fn tls_sockets_and_the_end() {
     let (disks, live) = releases();
     let dir = tempfile::tempdir().unwrap();
@@ -513,4 +349,26 @@ fn tls_sockets_and_the_end() {
     assert_eq!(Digest::of(&bytes), digest);
     assert!(serve.serving.child.wait().unwrap().success());
     assert!(!Path::new(&socket).exists());
+}
+
+#[test]
+fn systemd_hands_over_the_socket() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let socket = dir.path().join("socket");
+    let mut server = Command::new("systemd-socket-activate");
+    server.arg("-l").arg(&socket).arg(env!("CARGO_BIN_EXE_rehydrator"));
+    server.args(["serve", "--access-log=none", "--cache"]).arg(dir.path()).arg("--data").arg(&releases().1);
+    let mut server = server.stderr(Stdio::null()).spawn().expect("it is needed: install systemd");
+    let start = Instant::now();
+    while !socket.exists() {
+        assert!(start.elapsed() < Duration::from_secs(30), "nobody listens");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let answer = ok(Command::new("curl")
+        .args(["-sSf", "--max-time", "60", "--unix-socket"])
+        .arg(&socket)
+        .arg("http://h/readyz"));
+    assert_eq!(answer, b"ready\n");
+    server.kill().unwrap();
+    server.wait().unwrap();
 }
