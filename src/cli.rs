@@ -77,6 +77,7 @@ pub struct Workdir {
 
 #[derive(Debug, Subcommand)]
 #[allow(missing_docs, reason = "the help text of each is on its arguments")]
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 pub enum Build {
     /// Fetch the stream metadata of a release
     Init {

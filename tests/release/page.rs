@@ -29,6 +29,5 @@ fn the_page_in_a_browser() {
     let mut node = tool("node");
     node.arg(root.join("tests/tools/browser/page.mjs")).arg(modules).arg(serve.port()).arg(pictures);
     let said = String::from_utf8(ok(&mut node)).unwrap();
-    print!("{said}");
     assert!(said.ends_with("the page is good\n"), "{said}");
 }
