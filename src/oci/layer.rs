@@ -26,8 +26,8 @@ pub(super) struct TarLayer {
 /// A part of a layer.
 struct Part {
     source: Arc<dyn Source>,
-    /// What must be found in it, and its name in an error.
-    expected: Option<(Digest, String)>,
+    /// The digest that it must have, if it is a blob.
+    blob: Option<Digest>,
 }
 
 impl TarLayer {
@@ -38,13 +38,13 @@ impl TarLayer {
     }
 
     /// Adds a file, and the directories above it, at `path`, an absolute one. Returns the offset in the layer where its
-    /// content begins. That it is `expected` is found out when the layer is written.
+    /// content begins. That it is `blob`, where it is one, is found out when the layer is written.
     pub(super) fn file(
         &mut self,
         path: &str,
         mode: u32,
         content: Arc<dyn Source>,
-        expected: Option<Digest>,
+        blob: Option<Digest>,
     ) -> io::Result<u64> {
         let path = path.trim_start_matches('/');
         for (end, _) in path.match_indices('/') {
@@ -61,21 +61,21 @@ impl TarLayer {
         let header = std::mem::take(self.headers.get_mut());
         self.push(Arc::new(header), None);
         let offset = self.len;
-        self.push(content, expected.map(|digest| (digest, path.to_owned())));
+        self.push(content, blob);
         let padding = size.next_multiple_of(512) - size;
         self.push(Arc::new(vec![0; padding as usize]), None);
         Ok(offset)
     }
 
-    fn push(&mut self, source: Arc<dyn Source>, expected: Option<(Digest, String)>) {
+    fn push(&mut self, source: Arc<dyn Source>, blob: Option<Digest>) {
         self.len += source.len();
-        self.parts.push(Part { source, expected });
+        self.parts.push(Part { source, blob });
     }
 
     /// Ends the layer.
     pub(super) fn finish(mut self) -> io::Result<Tar> {
         let end = self.headers.into_inner()?;
-        self.parts.push(Part { source: Arc::new(end), expected: None });
+        self.parts.push(Part { source: Arc::new(end), blob: None });
         Ok(Tar(self.parts))
     }
 }
@@ -84,18 +84,19 @@ impl TarLayer {
 pub(super) struct Tar(Vec<Part>);
 
 impl Tar {
-    /// Writes it. An error where a file is not what it is expected to be; what was written is of no use then.
+    /// Writes it. An error where a blob is not what its digest says; what was written is of no use then.
     pub(super) fn write(&self, mut out: impl Write) -> Result<()> {
-        for Part { source, expected } in &self.0 {
+        for Part { source, blob } in &self.0 {
             let buffer = source.len().min(BUFFER) as usize;
             let mut content = BufReader::with_capacity(buffer, Reader::new(&**source));
-            let Some((expected, name)) = expected else {
+            let Some(expected) = *blob else {
                 io::copy(&mut content, &mut out)?;
                 continue;
             };
             let mut hasher = Hasher::new(&mut out);
-            io::copy(&mut content, &mut hasher).with_context(|| name.clone())?;
-            hasher.finish().0.must_be(*expected).with_context(|| name.clone())?;
+            let at = || format!("blob {expected}");
+            io::copy(&mut content, &mut hasher).with_context(at)?;
+            hasher.finish().0.must_be(expected).with_context(at)?;
         }
         Ok(())
     }
@@ -152,6 +153,6 @@ mod tests {
         let mut layer = TarLayer::new(0);
         layer.file("/a", 0o644, Arc::new(vec![1]), Some(Digest::of(&[2]))).unwrap();
         let e = format!("{:#}", layer.finish().unwrap().write(io::sink()).unwrap_err());
-        assert!(e.starts_with("a: sha256 mismatch: expected "), "{e}");
+        assert!(e.starts_with(&format!("blob {0}: sha256 mismatch: expected {0}", Digest::of(&[2]))), "{e}");
     }
 }
