@@ -65,6 +65,7 @@ int main(void) {
 
 /// A machine whose firmware is iPXE loads a kernel of Debian from the server and runs it.
 #[test]
+#[ignore = "takes what ci/deps more installs"]
 fn a_machine_boots() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     fs::write(dir.path().join("init.c"), INIT).unwrap();
