@@ -24,7 +24,7 @@ use tempfile::{NamedTempFile, TempDir};
 use super::layer::{Tar, tar_header};
 use crate::digest::{Digest, Hasher};
 use crate::registry::{Reference, TRANSPORT};
-use crate::source::{self, Source};
+use crate::source::Source;
 use crate::transport::{
     BLOBS, DEFAULT_TAG, INDEX, LAYOUT, MAX_DOCUMENT, blob_path, check_version, oci_digest,
 };
@@ -149,19 +149,15 @@ impl Staging {
         Self(Place::Passing(Mutex::default()))
     }
 
-    /// The content of a blob that was added.
+    /// The content of a blob that was added, to be sent.
     pub(super) fn content(&self, digest: Digest) -> Result<Arc<dyn Source>> {
         let content = match &self.0 {
-            Place::Files(files) => {
-                let path = files.dir.path().join(blob_path(digest));
-                let file = File::open(&path).and_then(source::File::new);
-                Some(Arc::new(file.with_context(|| path.display().to_string())?) as Arc<dyn Source>)
-            }
             Place::Passing(blobs) => {
                 blobs.lock().unwrap_or_else(PoisonError::into_inner).get(&digest).cloned()
             }
+            Place::Files(_) => None,
         };
-        content.with_context(|| format!("{}: not a part of the image", digest.oci()))
+        content.with_context(|| format!("{}: not a part of what is sent", digest.oci()))
     }
 
     /// Adds the blob that `write` writes, and returns its descriptor along with what `write` returned.
