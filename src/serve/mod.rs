@@ -330,7 +330,7 @@ impl App {
         match page::Page::new(&self.releases.all, &base, self.cache.making(), self.sysupdate).render() {
             Ok(html) => {
                 let mut response = document(parts, None, "text/html; charset=utf-8", html.into_bytes());
-                let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+                let policy = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
                 response
                     .headers_mut()
                     .insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));

@@ -167,10 +167,13 @@ mod tests {
         let base: Url = "http://h/".parse().unwrap();
         let making = vec![("<disk>.xz".to_owned(), 1 << 20, 4 << 20)];
         let html = Page::new(&[], &base, making, false).render().unwrap();
-        for wanted in ["http-equiv=\"refresh\"", "&#60;disk&#62;.xz: 1", "max=\"100\" value=\"25\"", "25 %"] {
+        for wanted in ["\"being-prepared\">", "&#60;disk&#62;.xz: 1", "max=\"100\" value=\"25\"", "25 %"] {
             assert!(html.contains(wanted), "{wanted}: {html}");
         }
         let html = Page::new(&[], &base, Vec::new(), false).render().unwrap();
-        assert!(!html.contains("refresh") && html.contains("No release is served here."), "{html}");
+        assert!(
+            html.contains("\"being-prepared\" hidden>") && html.contains("No release is served here."),
+            "{html}"
+        );
     }
 }

@@ -59,6 +59,7 @@ pub fn example(name: &str, options: &[&str]) -> PathBuf {
 
 /// A release in a working directory, downloaded so to speak.
 pub struct Workdir {
+    pub example: PathBuf,
     pub dir: tempfile::TempDir,
     pub stream: Value,
 }
@@ -83,7 +84,7 @@ impl Workdir {
             }
         }
         let stream = serde_json::from_slice(&fs::read(example.join("stream.json")).unwrap()).unwrap();
-        Self { dir, stream }
+        Self { example: example.to_owned(), dir, stream }
     }
 
     /// Runs `build dehydrate` with `options`.
@@ -180,4 +181,18 @@ pub fn release() -> &'static Workdir {
         workdir.dehydrate(&[]);
         workdir
     })
+}
+
+/// A release of the stream `testing`, of a few platforms, with a live rootfs of this kind.
+pub fn with_squashfs(kind: &str) -> Workdir {
+    let options = ["--rootfs", kind, "--stream", "testing", "--platforms", "live,metal,qemu,aws"];
+    let workdir = Workdir::new(&example(kind, &options));
+    workdir.dehydrate(&[]);
+    workdir
+}
+
+/// One of them, with zstd.
+pub fn testing() -> &'static Workdir {
+    static TESTING: OnceLock<Workdir> = OnceLock::new();
+    TESTING.get_or_init(|| with_squashfs("squashfs-zstd"))
 }

@@ -8,7 +8,6 @@ use crate::serve::Serve;
 use crate::small::sh;
 
 #[test]
-#[ignore = "not steady yet: a message on the console of the browser, once in a while"]
 fn the_page_in_a_browser() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (modules, pictures) = (root.join("target/browser"), root.join("target/screenshots"));

@@ -33,7 +33,9 @@ async function open(options, at = url) {
   page.on('request', (request) => assert.equal(new URL(request.url()).host, new URL(at).host));
   page.on('pageerror', (error) => assert.fail(error));
   // What is not HTML has no icon, for which the browser then looks.
-  page.on('console', (message) => assert(message.type() !== 'error' || /favicon/.test(message.text()), message.text()));
+  page.on('console', (message) => assert(
+    message.type() !== 'error' || new URL(message.location().url).pathname === '/favicon.ico',
+    `${message.location().url}: ${message.text()}`));
   await page.goto(at);
   return page;
 }
@@ -61,13 +63,48 @@ for (const [screen, options] of Object.entries(screens)) {
   }
 }
 
-// Every link, clicked; each few in a new window, because a browser does not let one page download on and on.
+// What a download waits for is shown while it is being made, on the very page that was opened.
+{
+  const page = await open(screens.desktop);
+  const making = page.locator('#making');
+  assert(!(await making.isVisible()));
+  await page.evaluate(() => (globalThis.here = true));
+  const link = page.locator('a[download][href$=".qcow2.xz"]').first();
+  const [got] = await Promise.all([
+    page.waitForEvent('download'),
+    link.click(),
+    making.waitFor({ state: 'visible' }).then(async () => {
+      assert.match(await making.textContent(), /\.qcow2\.xz: .* of /);
+      assert((await making.boundingBox()).y >= 0, 'out of sight');
+      await page.evaluate(axe);
+      const { violations } = await page.evaluate(() => globalThis.axe.run(document));
+      assert.deepEqual(violations.map(({ help }) => help), []);
+      await page.screenshot({ path: `${pictures}/being-prepared.png` });
+    }),
+  ]);
+  await got.cancel();
+  await making.waitFor({ state: 'hidden' });
+  assert(await page.evaluate(() => globalThis.here), 'the page was loaded again');
+  assert.equal(await page.evaluate(() => document.activeElement.getAttribute('href')), await link.getAttribute('href'));
+  await page.context().close();
+}
+
+// Every link leads somewhere; one of each kind is clicked, as the server would make every published file if all were. Each
+// few in a new window, because a browser does not let one page download on and on.
 {
   let page = await open(screens.desktop);
   const links = await page.locator('a[href]').evaluateAll((all) => all.map((a) => [a.getAttribute('href'), a.hasAttribute('download')]));
   assert(links.length > 50, `${links.length} links`);
+  const clicked = new Set();
   for (const [i, [href, download]] of links.entries()) {
-    if (i % 10 === 0) {
+    if (!href.startsWith('#')) {
+      const answer = await fetch(new URL(href, url), { method: 'HEAD' });
+      assert.equal(answer.status, 200, href);
+    }
+    const kind = href.replace(/^\/.*-.*\.(x86_64|ppc64le)/, '');
+    if (clicked.has(kind)) continue;
+    clicked.add(kind);
+    if (clicked.size % 10 === 0) {
       await page.context().close();
       page = await open(screens.desktop);
     }
@@ -96,6 +133,7 @@ for (const [screen, options] of Object.entries(screens)) {
 // By keyboard: past the header at once, and to everything that can be used, each with a mark around it.
 {
   const page = await open(screens.desktop);
+  await page.locator('#making').waitFor({ state: 'hidden' });
   await page.keyboard.press('Tab');
   assert((await page.locator('.skip:focus').boundingBox()).x >= 0, 'the way past the header cannot be seen');
   const usable = await page.locator('a[href], summary, button:visible, pre:visible').count();
