@@ -43,6 +43,32 @@ fn systemd_takes_the_units() {
     assert!(verify("bad-rehydrator-mirror.service").1.contains("NoNewPrivilege"), "it would not say");
 }
 
+/// What podman of Debian 13 makes of the quadlets: it keeps to what they demand, and says what it does not know.
+#[test]
+fn podman_takes_the_quadlets() {
+    let quadlet = |dir: &Path| {
+        let mut command = Command::new(root("ci/trixie"));
+        command.args(["exec", "../libexec/podman/quadlet", "-dryrun", "-no-kmsg-log"]);
+        command.env("QUADLET_UNIT_DIRS", dir);
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.success(), text(output.stdout), text(output.stderr))
+    };
+    let (good, units, said) = quadlet(&root("contrib/systemd"));
+    assert!(good, "{said}; ci/trixie podman installs quadlet");
+    for name in ["rehydrator-mirror", "rehydrator-serve"] {
+        let unit = units.split(&format!("---{name}.service---")).nth(1).unwrap_or_else(|| panic!("{said}"));
+        let start = unit.lines().find(|line| line.starts_with("ExecStart=")).unwrap();
+        for must in [" --read-only ", " --cap-drop all ", " --security-opt=no-new-privileges "] {
+            assert!(start.contains(must), "{start}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("bad.container"), "[Container]\nImage=a\nReadonly=true\n").unwrap();
+    let (good, _, said) = quadlet(dir.path());
+    assert!(!good && said.contains("Readonly"), "it would not say: {said}");
+}
+
 /// The objects of a manifest, as JSON.
 fn objects(name: &str) -> Vec<String> {
     const SCRIPT: &str =
