@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-from .run import MIB, Run, free_port, in_turn, serving
+from .run import MIB, Run, free_port, in_turn, nginx, serving
 
 
 def mirror(bench, report):
@@ -21,10 +21,7 @@ def mirror(bench, report):
     url = f"http://127.0.0.1:{port}"
     (top / "mirror.json").write_text(json.dumps({"sources": [
         {"type": "container-linux", "url": f"{url}/{{channel}}/{{arch}}-usr/", "keys": ["key.asc"]}]}))
-    places = " ".join(f"{of}_temp_path {top}/temp;" for of in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    (top / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {top}/pid; error_log stderr; events {{ }} http {{ access_log off; {places} sendfile on;"
-        f" server {{ listen 127.0.0.1:{port}; root {www}; autoindex on; }} }}")
+    server = nginx(top, port, f"root {www.resolve()}; autoindex on;")
 
     def afresh(command):
         shutil.rmtree(out, ignore_errors=True)
@@ -33,7 +30,7 @@ def mirror(bench, report):
 
     verify = ["sh", "-ec", 'for file; do gpg --homedir "$0" --batch --quiet --verify "$file.sig" "$file"; done', home,
               *(out / file.relative_to(www) for file in files)]
-    with serving(["nginx", "-c", top / "nginx.conf", "-e", "stderr"], port):
+    with serving(server, port):
         wget, synced, verified, ours = in_turn(bench.args.repeat, [
             lambda: afresh(["wget", "-r", "-np", "-nH", "-q", "-P", out, f"{url}/stable/amd64-usr/1.0.0/"]),
             lambda: Run(["sync"]),

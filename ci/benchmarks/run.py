@@ -77,8 +77,13 @@ def anonymous(pid):
     return int(found[1]) * 1024 if found else 0
 
 
+# A command that takes so long is run once: chance weighs little in it.
+LONG = 15
+
+
 def best(repeat, *args, **kwargs):
-    return min((Run(*args, **kwargs) for _ in range(repeat)), key=lambda run: run.seconds)
+    run = Run(*args, **kwargs)
+    return run if run.seconds > LONG else min([run, *(Run(*args, **kwargs) for _ in range(repeat - 1))], key=lambda run: run.seconds)
 
 
 def in_turn(repeat, measures, key=lambda run: run.seconds):
@@ -97,18 +102,33 @@ def free_port():
         return free.getsockname()[1]
 
 
+def nginx(top, port, site):
+    """The command that serves a site on this port of the machine; what nginx needs besides lies in the directory `top`."""
+    top = top.resolve()
+    places = " ".join(f"{of}_temp_path {top}/temp;" for of in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (top / "nginx.conf").write_text(
+        f"user root; daemon off; worker_processes auto; pid {top}/pid; error_log stderr; events {{ }} http {{ access_log off; {places}"
+        f" sendfile on; tcp_nopush on; server {{ listen 127.0.0.1:{port}; {site} }} }}")
+    return ["nginx", "-c", top / "nginx.conf", "-e", "stderr"]
+
+
+def await_port(server, port):
+    """Until a server that was started listens on this port."""
+    while True:
+        with socket.socket() as up:
+            if up.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server.poll() is not None:
+            raise Failed(f"{server.args}: exit status {server.returncode}")
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def serving(command, port):
     """While a server runs that listens on this port of the machine."""
     server = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while True:
-            with socket.socket() as up:
-                if up.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if server.poll() is not None:
-                raise Failed(f"{command}: exit status {server.returncode}")
-            time.sleep(0.1)
+        await_port(server, port)
         yield
     finally:
         server.terminate()

@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .run import MIB, free_port
+from .run import MIB, await_port, free_port, nginx
 
 
 def serve(bench, report):
@@ -19,9 +18,9 @@ def serve(bench, report):
     top = bench.work / "serve"
     top.mkdir(exist_ok=True)
     iso = next(a.path for a in bench.artifacts if a.format == "iso")
-    with Rehydrator(bench, top) as ours, Nginx(top, bench.release) as nginx:
+    with Rehydrator(bench, top) as ours, Nginx(top, bench.release) as peer:
         urls = {"rehydrator serve": (ours, f"{ours.url}/prod/streams/{bench.stream['stream']}/builds/{iso.parent.parent.name}/{iso.parent.name}/{iso.name}"),
-                "nginx, sendfile": (nginx, f"{nginx.url}/{iso.relative_to(bench.release)}")}
+                "nginx, sendfile": (peer, f"{peer.url}/{iso.relative_to(bench.release)}")}
         size = iso.stat().st_size
         for _, url in urls.values():
             # The first one waits until it is made; both have it in memory then.
@@ -144,14 +143,7 @@ class Rehydrator(Server):
 
 class Nginx(Server):
     def __init__(self, top, root):
-        places = " ".join(f"{of}_temp_path {top.resolve()}/temp;" for of in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         port = free_port()
-        (top / "nginx.conf").write_text(
-            f"user root; daemon off; worker_processes auto; pid {top.resolve()}/pid; error_log stderr; events {{ }} http {{ access_log off;"
-            f" {places} sendfile on; tcp_nopush on; server {{ listen 127.0.0.1:{port}; root {root.resolve()}; }} }}")
-        super().__init__(subprocess.Popen(["nginx", "-c", top.resolve() / "nginx.conf", "-e", "stderr"]))
+        super().__init__(subprocess.Popen([str(c) for c in nginx(top, port, f"root {root.resolve()};")]))
         self.url = f"http://127.0.0.1:{port}"
-        for _ in range(100):
-            if socket.socket().connect_ex(("127.0.0.1", port)) == 0:
-                break
-            time.sleep(0.1)
+        await_port(self.process, port)
