@@ -1,10 +1,11 @@
-"""An image of Debian 13 from a registry into a directory, against skopeo and umoci."""
+"""An image of Debian 13 from a registry into a directory, against skopeo and umoci, and podman."""
 
+import contextlib
 import shutil
 from typing import NamedTuple
 
 from .release import CI, size_of
-from .run import MIB, Run, free_port, in_turn, output, serving
+from .run import MIB, Run, in_turn, output, registry
 
 
 class Cost(NamedTuple):
@@ -15,7 +16,13 @@ class Cost(NamedTuple):
 
 def pull(bench, report):
     report.say("## Pull an image into a directory\n")
-    work = bench.work / "pull"
+    with debian(bench.work / "pull") as image:
+        pulls(bench, report, bench.work / "pull", image)
+
+
+@contextlib.contextmanager
+def debian(work):
+    """While a registry, in this directory, has an image of Debian 13 in three layers; its name."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     system = output(CI / "trixie")
@@ -26,14 +33,10 @@ def pull(bench, report):
     (work / "Containerfile").write_text("FROM scratch\n" + "".join(f"ADD {name}.tar /\n" for name in whats))
     buildah = ["buildah", "--storage-driver=vfs", "--root", work / "root", "--runroot", work / "run"]
     Run([*buildah, "bud", "--quiet", "--layers", "--tag", "bench", work])
-    port = free_port()
-    image = f"127.0.0.1:{port}/bench"
-    (work / "registry.yml").write_text(
-        f"{{version: 0.1, log: {{level: error, accesslog: {{disabled: true}}}}, http: {{addr: '127.0.0.1:{port}'}},"
-        f" storage: {{filesystem: {{rootdirectory: '{work.resolve()}/registry'}}}}}}\n")
-    with serving(["docker-registry", "serve", work / "registry.yml"], port):
+    with registry(work / "registry") as host:
+        image = f"{host}/bench"
         Run([*buildah, "push", "--quiet", "--tls-verify=false", "bench", f"docker://{image}"])
-        pulls(bench, report, work, image)
+        yield image
     shutil.rmtree(work)
 
 
@@ -53,6 +56,13 @@ def pulls(bench, report, work, image):
         unpack = Run(["umoci", "unpack", "--image", f"{layout}:x", tree()])
         return Cost(copy.seconds + unpack.seconds, copy.cpu + unpack.cpu, max(copy.rss, unpack.rss))
 
+    # Podman keeps layers of its own in each store, and a tree is one of them over the others.
+    def podman():
+        store = tree()
+        run = Run([CI / "podman", "--root", store, "--runroot", f"{store}-run", "--storage-driver=overlay", "pull", "--quiet",
+                   "--tls-verify=false", image])
+        return Cost(run.seconds, run.cpu, run.rss)
+
     def ours(kept, cold=True):
         if cold:
             shutil.rmtree(cache, ignore_errors=True)
@@ -61,6 +71,7 @@ def pulls(bench, report, work, image):
 
     whats = {
         "`skopeo copy` and `umoci unpack`": theirs,
+        "`podman pull` into a new store (overlay)": podman,
         "pull without a cache": lambda: ours("no"),
         "pull with an empty cache": lambda: ours(cache),
         "pull with all of it in the cache": lambda: ours(cache, cold=False),

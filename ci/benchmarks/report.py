@@ -12,10 +12,18 @@ class Report:
     def __init__(self):
         self.lines = []
         self.panels = []
+        self.missed = []
 
     def say(self, text=""):
         print(text, flush=True)
         self.lines.append(text)
+
+    def promise(self, what, ratio, most):
+        """Something that must not be more than so much."""
+        kept = ratio <= most
+        self.say(f"{what}: {ratio:.2f}; promised is at most {most}{'' if kept else ', **which it is not**'}.\n")
+        if not kept:
+            self.missed.append(f"{what}: {ratio:.3f}, more than {most}")
 
     def table(self, head, rows):
         self.say("| " + " | ".join(head) + " |")

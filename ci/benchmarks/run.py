@@ -133,3 +133,15 @@ def serving(command, port):
     finally:
         server.terminate()
         server.wait()
+
+
+@contextlib.contextmanager
+def registry(top):
+    """While a docker-registry runs that keeps all in the directory `top`, new; where it is."""
+    port = free_port()
+    top.mkdir(parents=True)
+    (top / "registry.yml").write_text(
+        f"{{version: 0.1, log: {{level: error, accesslog: {{disabled: true}}}}, http: {{addr: '127.0.0.1:{port}'}},"
+        f" storage: {{filesystem: {{rootdirectory: '{top.resolve()}/registry'}}}}}}\n")
+    with serving(["docker-registry", "serve", top / "registry.yml"], port):
+        yield f"127.0.0.1:{port}"

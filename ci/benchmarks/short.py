@@ -38,7 +38,7 @@ def short(bench, report):
         committed = {"size": ratios["size"], "time": {**committed.get("time", {}), kind: ratios["time"]}}
         COMMITTED.write_text(json.dumps(committed, indent=2, sort_keys=True) + "\n")
         times = committed["time"][kind]
-    rows, fallen = [], []
+    rows = []
     for which, before in (("size", committed.get("size", {})), ("time", times)):
         for what, (peer, ours) in found[which].items():
             ratio, was = peer / ours, before.get(what)
@@ -46,12 +46,11 @@ def short(bench, report):
             rows.append([what, *(f"{n:,} {unit}" if which == "size" else f"{n:.3f} {unit}" for n in (peer, ours)), f"{ratio:.3f}",
                          was or "–", f"{ratio / was - 1:+.0%}" if was else ""])
             if was and ratio < was * (1 - FALL):
-                fallen.append(f"{what}: {ratio:.3f} times, {was} is committed")
+                report.missed.append(f"{what}: {ratio:.3f} times, {was} is committed")
     report.say(f"How many times the peer takes of what the program takes, in bytes or in processor time; fails below {1 - FALL:.0%} of what is "
                f"committed in {COMMITTED.name}. Instructions of this processor: {kind}"
                + ("" if times else "; for those nothing is committed, so that times are not compared") + ".\n")
     report.table(["what and peer", "peer", "program", "ratio", "committed", "change"], rows)
-    return fallen
 
 
 def part_of(bench):
