@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from .run import Run, output
+from .run import LONG, Run, output
 
 CI = Path(__file__).resolve().parent.parent
 
@@ -105,7 +105,7 @@ class Bench:
         report.say("# Benchmarks\n")
         report.say(f"Made by `ci/bench` on {platform.system()} {platform.release()}, {model[1] if model else platform.machine()}, "
                    f"{len(os.sched_getaffinity(0))} processors, {'with' if flags & {'sha_ni', 'sha2'} else 'without'} instructions for SHA-256, "
-                   f"{memory >> 30} GiB of memory; best of {self.args.repeat}. {output(self.program, '--version')}; {', '.join(versions)}.\n")
+                   f"{memory >> 30} GiB of memory; best of {self.args.repeat}, of one where that takes more than {LONG} s. {output(self.program, '--version')}; {', '.join(versions)}.\n")
         report.say(f"The release: {len(self.artifacts)} artifacts of {self.arch}, {self.published:,} bytes published; "
                    f"ci/make-stream with `{self.options}`.\n")
 
