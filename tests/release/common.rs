@@ -183,16 +183,18 @@ pub fn release() -> &'static Workdir {
     })
 }
 
-/// A release of the stream `testing`, of a few platforms, with a live rootfs of this kind.
-pub fn with_squashfs(kind: &str) -> Workdir {
-    let options = ["--rootfs", kind, "--stream", "testing", "--platforms", "live,metal,qemu,aws"];
+/// A release of the stream `testing`, of a few platforms and `more`, with a live rootfs of this kind.
+pub fn with_squashfs(kind: &str, more: &str) -> Workdir {
+    let platforms = format!("live,metal,qemu,aws{more}");
+    let options = ["--rootfs", kind, "--stream", "testing", "--platforms", &platforms];
     let workdir = Workdir::new(&example(kind, &options));
     workdir.dehydrate(&[]);
     workdir
 }
 
-/// One of them, with zstd.
+/// One of them, with zstd, and so many disks that there are 64 with those of the other release, published and plain.
 pub fn testing() -> &'static Workdir {
     static TESTING: OnceLock<Workdir> = OnceLock::new();
-    TESTING.get_or_init(|| with_squashfs("squashfs-zstd"))
+    TESTING
+        .get_or_init(|| with_squashfs("squashfs-zstd", ",openstack,aliyun,exoscale,ibmcloud,proxmoxve,azure"))
 }

@@ -81,7 +81,7 @@ fn every_artifact_in_profile_fast() {
 fn live_rootfs_as_squashfs() {
     all_come_back(testing(), "x86_64");
     for kind in ["squashfs-xz", "squashfs-gzip"] {
-        all_come_back(&with_squashfs(kind), "x86_64");
+        all_come_back(&with_squashfs(kind, ""), "x86_64");
     }
 }
 
