@@ -148,9 +148,13 @@ format_root() { # IMAGE SECTOR [OPTION]...
 
 make_root_from_protofile() {
     local image=$1 sector=$2
+    local -a groups=()
+    # A directory that grows needs a block of a group no lower than that of the inode it
+    # grows for, or mkfs.xfs gives up, though others are free: with many files, one group.
+    [ "$CONTENT_MB" -lt 100 ] || groups=(-d agcount=1)
     [ -e "$WORK/objects.modes" ] || object_modes >"$WORK/objects.modes"
     protofile >"$image.proto"
-    format_root "$image" "$sector" -p "$image.proto"
+    format_root "$image" "$sector" "${groups[@]}" -p "$image.proto"
     rm "$image.proto"
 }
 
