@@ -56,6 +56,25 @@ fn gnu_gzip_at_every_level() {
     }
 }
 
+/// Input for several parsers, which agree on what they find soon, late (in runs of one byte), or only behind such a run.
+#[test]
+fn gnu_gzip_by_several_parsers() {
+    let dir = tempfile::tempdir().unwrap();
+    let code = fs::read("/bin/bash").unwrap();
+    let mut random = Random(2);
+    let mut plain = random.mixture(5_000_000, &code);
+    plain.extend(vec![0; 3_000_001]);
+    plain.extend(random.bytes(2_000_000));
+    plain.extend((0..2_000_000).map(|i| if i % 50_000 < 3 { i as u8 } else { b'x' }));
+    plain.extend(random.mixture(3_000_000, &code));
+    fs::write(dir.path().join("plain"), &plain).unwrap();
+    for level in [3, 4, 6, 9] {
+        sh(dir.path(), &format!("gzip -{level} -n -c plain > {level}.gz"));
+        let map = made_again(dir.path(), &format!("{level}.gz")).unwrap();
+        assert!(map.to_bytes().len() < 100, "level {level}: not by the encoder alone");
+    }
+}
+
 /// Finds how the file `name` of `dir` was compressed, makes it again and compares. Gives the map, or why there is none.
 fn made_again(dir: &Path, name: &str) -> Result<Map, String> {
     let path = dir.join(name);

@@ -108,9 +108,23 @@ impl Bits {
     }
 }
 
+/// The symbol of a match of 3 to 258 bytes, 1 to 32768 bytes back: the distance above the length less 3. A literal is itself.
+pub(super) fn match_symbol(distance: usize, length: usize) -> u32 {
+    (distance as u32) << 8 | (length - 3) as u32
+}
+
+/// Whether it is one of a match.
+pub(super) fn is_match(symbol: u32) -> bool {
+    symbol >> 8 != 0
+}
+
+/// How many bytes a symbol stands for.
+pub(super) fn symbol_len(symbol: u32) -> usize {
+    if is_match(symbol) { (symbol & 0xff) as usize + 3 } else { 1 }
+}
+
 /// The symbols of a block.
 pub(super) struct Block {
-    /// The distance, 0 for a literal, above the length less 3 or the literal.
     symbols: Vec<u32>,
     literals: [u32; LITERALS],
     distances: [u32; DISTANCES],
@@ -153,19 +167,16 @@ impl Block {
         &self.distances
     }
 
-    /// Adds a literal.
-    pub(super) fn literal(&mut self, byte: u8) {
-        self.symbols.push(byte.into());
-        self.literals[usize::from(byte)] += 1;
-    }
-
-    /// Adds a match of 3 to 258 bytes, 1 to 32768 bytes back.
-    pub(super) fn matched(&mut self, distance: usize, length: usize) {
-        let length = (length - 3) as u8;
-        self.symbols.push((distance as u32) << 8 | u32::from(length));
-        self.literals[END + 1 + usize::from(LENGTH_CODES.0[usize::from(length)])] += 1;
-        self.distances[distance_code(distance - 1)] += 1;
-        self.matches += 1;
+    /// Adds a symbol: a literal, or what [`match_symbol`] makes.
+    pub(super) fn push(&mut self, symbol: u32) {
+        self.symbols.push(symbol);
+        if is_match(symbol) {
+            self.literals[END + 1 + usize::from(LENGTH_CODES.0[usize::from(symbol as u8)])] += 1;
+            self.distances[distance_code((symbol >> 8) as usize - 1)] += 1;
+            self.matches += 1;
+        } else {
+            self.literals[symbol as usize] += 1;
+        }
     }
 
     /// Writes the block and empties it. `stored` are the bytes it stands for, when they are at hand.
