@@ -180,6 +180,33 @@ fn pigz() {
     opens_in_part("pigz -p 3 -6 -k disk.raw", "disk.raw.gz", 20);
 }
 
+/// Fedora's qemu-img compresses with zlib-ng since Fedora 40. That of this machine does when it finds such a library first,
+/// made here from the source that the crate libz-sys carries.
+#[test]
+fn zlib_ng() {
+    let library = tempfile::tempdir().unwrap();
+    sh(
+        library.path(),
+        &format!(
+            "crate=$(cargo metadata --format-version 1 --locked --manifest-path {}/Cargo.toml |
+                 jq -r '.packages[] | select(.name == \"libz-sys\") | .manifest_path')
+             cmake -S $(dirname $crate)/src/zlib-ng -B build -DZLIB_COMPAT=ON -DBUILD_SHARED_LIBS=OFF -DBUILD_TESTING=OFF \
+                 -DCMAKE_POSITION_INDEPENDENT_CODE=ON -DCMAKE_BUILD_TYPE=Release
+             cmake --build build
+             cc -shared -Wl,--whole-archive build/libz.a -Wl,--no-whole-archive -Wl,-soname,libz.so.1 -o libz.so.1",
+            env!("CARGO_MANIFEST_DIR")
+        ),
+    );
+    let qemu_img = format!("LD_LIBRARY_PATH={} qemu-img convert -f raw", library.path().display());
+    for (options, file) in
+        [("-O qcow2 -c", "d.qcow2"), ("-O vmdk -c -o compat6,subformat=streamOptimized", "d.vmdk")]
+    {
+        let (_dir, path, map, _) = opens(&format!("{qemu_img} {options} disk.raw {file}"), file, 20);
+        let (map, len) = (map.to_bytes().len() as u64, fs::metadata(path).unwrap().len());
+        assert!(map * 1000 > len, "{file}: a map of {map} bytes for {len}: this was not zlib-ng");
+    }
+}
+
 /// Encoders that are nothing like zlib come back through corrections or not at all, but never wrong.
 #[test]
 fn odd_encoders() {
