@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::catalog::{Catalog, Item, check_file_name};
 use crate::digest::{Blake3, Digest};
-use crate::fold::{self, Map};
+use crate::fold::{self, Effort, Map, Unfolded};
 use crate::io::scratch_file;
 use crate::produce::{Check, How, Parts, produce};
 use crate::progress::Progress;
@@ -206,8 +206,7 @@ enum Wrapped {
 /// An artifact, unfolded.
 struct Plain {
     form: Form,
-    map: Option<Map>,
-    plain: Arc<dyn Source>,
+    unfolded: Unfolded,
 }
 
 impl Job<'_> {
@@ -266,7 +265,7 @@ impl Job<'_> {
         for item in items.iter().filter(|i| i.file == "kernel" || i.file == "initramfs") {
             let plain = self.open(item)?;
             let made = self.reduce(item, &plain, over_files.as_ref(), specs, &[])?;
-            let bytes = plain.plain.clone();
+            let bytes = made.plain.clone();
             let artifact = self.keep(item, (plain.form.output, plain.form.published), made, specs)?;
             parts_of_iso.push(Made { spec: artifact.source, plain: bytes });
             done.insert(&item.name, artifact);
@@ -276,7 +275,7 @@ impl Job<'_> {
         if let (Some(item), Some(plain)) = (base_item, base_disk) {
             let over = over_files.as_ref().filter(|_| self.options.profile == Profile::Small);
             let made = self.reduce(item, &plain, over, specs, &[])?;
-            let bytes = plain.plain.clone();
+            let bytes = made.plain.clone();
             let artifact = self.keep(item, (plain.form.output, plain.form.published), made, specs)?;
             base = Some(Made { spec: artifact.source, plain: bytes });
             done.insert(&item.name, artifact);
@@ -321,7 +320,8 @@ impl Job<'_> {
         let output = NamedFile { name: item.name.clone(), blob: live.blob };
         let bytes = live.rootfs.clone();
         let form = Form { output, bytes: bytes.clone(), published: Wrapped::Same };
-        let reduced = self.reduce(item, &Plain { form, map: None, plain: bytes }, Some(&over), specs, &[])?;
+        let unfolded = Unfolded { map: None, plain: bytes };
+        let reduced = self.reduce(item, &Plain { form, unfolded }, Some(&over), specs, &[])?;
         let size = reduced.spec.blob().map_or(0, |blob| blob.size);
         if size > live.blob.size / 100 * WORTH {
             tracing::warn!("{}: {} has too little in common with it: not used", context(), item.name);
@@ -446,8 +446,8 @@ impl Job<'_> {
                 Form { output: NamedFile { name, blob }, bytes: peeled.form, published }
             }
         };
-        let unfolded = fold::unfold(&form.bytes, self.writer.scratch())?;
-        Ok(Plain { form, map: unfolded.map, plain: unfolded.plain })
+        let unfolded = fold::unfold(&form.bytes, self.writer.scratch(), Effort::Beginning)?;
+        Ok(Plain { form, unfolded })
     }
 
     /// Finds out how the published file is made of what was peeled out of it.
@@ -485,24 +485,30 @@ impl Job<'_> {
         known: &[Made],
     ) -> Result<Reduced> {
         let label = item.label();
-        let stored = self.store(&plain.plain, plain.map.as_ref(), over)?;
-        let prove = |(spec, map)| self.prove(&label, &plain.form.output.blob, (spec, map), specs, known);
-        let error = match prove(stored) {
+        let form = &plain.form;
+        let attempt = |unfolded: &Unfolded| -> Result<Result<Reduced>> {
+            let (spec, map) = self.store(&unfolded.plain, unfolded.map.as_ref(), over)?;
+            let proven = self.prove(&label, &form.output.blob, (&spec, map), specs, known);
+            Ok(proven.map(|blake3| Reduced { spec, plain: unfolded.plain.clone(), map, blake3 }))
+        };
+        let failed = match attempt(&plain.unfolded)? {
             Ok(reduced) => return Ok(reduced),
-            Err(error) => error,
+            Err(failed) => failed,
         };
         // The form itself may not be what the stream metadata says: then nothing can be right.
-        store::check(
-            &format!("artifact {label}"),
-            source::Reader::new(&*plain.form.bytes),
-            &plain.form.output.blob,
-        )?;
-        if plain.map.is_none() {
-            return Err(error.context("proof failed"));
+        let bytes = source::Reader::new(&*form.bytes);
+        store::check(&format!("artifact {label}"), bytes, &form.output.blob)?;
+        if plain.unfolded.map.is_none() {
+            return Err(failed.context("proof failed"));
         }
-        tracing::warn!("{error:#}: stored without unfolding");
-        let opaque = self.store(&plain.form.bytes, None, over)?;
-        prove(opaque).context("proof failed")
+        tracing::warn!("{failed:#}: unfolded again, with more effort");
+        let again = fold::unfold(&form.bytes, self.writer.scratch(), Effort::Whole)?;
+        let failed = match attempt(&again)? {
+            Ok(reduced) => return Ok(reduced),
+            Err(failed) => failed,
+        };
+        tracing::warn!("{failed:#}: stored without unfolding");
+        attempt(&Unfolded { map: None, plain: form.bytes.clone() })?.context("proof failed")
     }
 
     /// Stores what makes `plain`: the source, and the map.
@@ -540,10 +546,10 @@ impl Job<'_> {
         &self,
         label: &str,
         expected: &Blob,
-        (spec, map): (SourceSpec, Option<Blob>),
+        (spec, map): (&SourceSpec, Option<Blob>),
         specs: &[SourceSpec],
         known: &[Made],
-    ) -> Result<Reduced> {
+    ) -> Result<Blake3> {
         let budget = if known.is_empty() { (self.options.memory / 2).max(PROOF_CACHE) } else { PROOF_CACHE };
         let sources = Sources::new(Cache::new(budget), |blob| {
             Ok(Arc::new(source::File::new(self.writer.open(blob)?)?))
@@ -555,12 +561,12 @@ impl Job<'_> {
         let threads = if known.is_empty() { rayon::current_num_threads() } else { 1 };
         let how = How { cache: sources.cache(), threads, check: Check::Sha256, task: &task };
         let parts = Parts {
-            source: sources.make(specs, &spec)?,
+            source: sources.make(specs, spec)?,
             map: map.map(|blob| sources.map(&blob)).transpose()?,
         };
         let found = produce(label, &parts, expected, None, &how, &mut io::sink())?;
         task.finish();
-        Ok(Reduced { spec, map, blake3: found.blake3.context("no BLAKE3 digest was made")? })
+        found.blake3.context("no BLAKE3 digest was made")
     }
 
     /// Puts a reduced artifact's source into the index, and describes it.
@@ -630,6 +636,8 @@ struct Over<'a> {
 /// What was stored for an artifact.
 struct Reduced {
     spec: SourceSpec,
+    /// The bytes of the source.
+    plain: Arc<dyn Source>,
     map: Option<Blob>,
     blake3: Blake3,
 }

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rehydrator::fold::{Compression, Map, Unfolded, fold, peel, unfold};
+use rehydrator::fold::{Compression, Effort, Map, Unfolded, fold, peel, unfold};
 use rehydrator::source::{self, File, Source};
 
 /// Runs a shell command in `dir`; a failure names it.
@@ -49,7 +49,7 @@ impl Write for Compare {
 fn round_trip(path: &Path) -> (Unfolded, f64, f64) {
     let form = open(path);
     let start = Instant::now();
-    let unfolded = unfold(&form, path.parent().unwrap()).unwrap();
+    let unfolded = unfold(&form, path.parent().unwrap(), Effort::Whole).unwrap();
     let unfold_time = start.elapsed().as_secs_f64();
     let start = Instant::now();
     if let Some(map) = &unfolded.map {
@@ -319,7 +319,7 @@ fn damaged_maps() {
     );
     for name in ["1", "2", "3", "4"] {
         let form = open(&dir.path().join(name));
-        let unfolded = unfold(&form, dir.path()).unwrap();
+        let unfolded = unfold(&form, dir.path(), Effort::Whole).unwrap();
         let Some(map) = unfolded.map else { continue };
         let map = map.to_bytes();
         let content = &map[..map.len() - 8];

@@ -107,7 +107,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         "map" => seeds("unfold")
             .into_iter()
             .map(|form| {
-                let unfolded = fold::unfold(&(Arc::new(form) as Arc<dyn Source>), &std::env::temp_dir()).unwrap();
+                let unfolded = fold::unfold(&(Arc::new(form) as Arc<dyn Source>), &std::env::temp_dir(), fold::Effort::Whole).unwrap();
                 let mut map = unfolded.map.expect("a map").to_bytes();
                 map.truncate(map.len() - 4 - targets::MAP_END.len());
                 map

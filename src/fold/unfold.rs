@@ -10,6 +10,7 @@ use super::deflate::{Coder, Decoded, candidates};
 use super::map::{MAX_SEGMENTS, Map, Segment};
 use super::region::Region;
 use super::scan::{MAX_DEPTH, regions};
+use super::wrap::Effort;
 use super::zlib::{Params, Wrap};
 use super::{gzip, stream};
 use crate::io::{SparseWriter, scratch_file};
@@ -32,13 +33,13 @@ const COPY: usize = 1 << 20;
 
 /// Opens up everything compressed in `form`. The plain stream is written to an unnamed file in `scratch`, with holes
 /// for zeros; what is inside a gzip stream is also written to a file of its own on the way. Fails only when reading
-/// or writing fails: an odd or damaged form merely has fewer regions.
-pub fn unfold(form: &Arc<dyn Source>, scratch: &Path) -> io::Result<Unfolded> {
+/// or writing fails: an odd or damaged form merely has fewer regions. With [`Effort::Beginning`], the map is to be proven.
+pub fn unfold(form: &Arc<dyn Source>, scratch: &Path, effort: Effort) -> io::Result<Unfolded> {
     let mut found = Vec::new();
     regions(&**form, 0, form.len(), 0, &mut found, MAX_SEGMENTS / 4)?;
     if !found.is_empty() {
         let out = SparseWriter::new(scratch_file(scratch)?);
-        let mut unfolder = Unfolder { scratch, out, segments: 0 };
+        let mut unfolder = Unfolder { scratch, effort, out, segments: 0 };
         let map = unfolder.level(&**form, found, 0)?;
         if map.segments.iter().any(|segment| !matches!(segment, Segment::Stored(_))) {
             let plain = Arc::new(File::new(unfolder.out.finish()?)?);
@@ -50,6 +51,7 @@ pub fn unfold(form: &Arc<dyn Source>, scratch: &Path) -> io::Result<Unfolded> {
 
 struct Unfolder<'a> {
     scratch: &'a Path,
+    effort: Effort,
     /// The plain stream.
     out: SparseWriter,
     /// Segments and pieces so far, in all levels.
@@ -152,7 +154,9 @@ impl Unfolder<'_> {
             let Some((inflated, plain)) = stream::inflate(source, start, end, self.scratch)? else { break };
             offset = start + inflated.folded_len + gzip::TRAILER;
             let room = MAX_SEGMENTS.saturating_sub(self.segments + level.segments.len()) / 2;
-            if let Some(encoder) = stream::find_encoder(source, start, &inflated, &plain, room, u64::MAX)? {
+            if let Some(encoder) =
+                stream::find_encoder(source, start, &inflated, &plain, room, self.effort.enough())?
+            {
                 self.stored(level, start)?;
                 let mut found = Vec::new();
                 regions(&plain, 0, plain.len(), depth + 1, &mut found, room / 4)?;

@@ -21,8 +21,16 @@ pub enum Effort {
     Whole,
 }
 
-/// A deflate encoder that makes so many plain bytes as no other does is believed.
-const ENOUGH: u64 = 32 << 20;
+impl Effort {
+    /// An encoder that makes so many plain bytes as no other does is believed to make the rest.
+    pub(super) fn enough(self) -> u64 {
+        match self {
+            Self::Beginning => 32 << 20,
+            Self::Whole => u64::MAX,
+        }
+    }
+}
+
 /// The most bytes that are kept in the map as they are.
 const MAX_LITERALS: usize = MAX_MAP / 4;
 
@@ -129,11 +137,8 @@ impl Wrapper<'_> {
             return Ok(Err("its deflate stream cannot be cut into pieces".into()));
         };
         let plain = Slice::new(self.plain.clone(), self.plain_at, inflated.plain_len)?;
-        let (enough, pieces) = match self.effort {
-            Effort::Beginning => (ENOUGH, 0),
-            Effort::Whole => (u64::MAX, MAX_SEGMENTS / 2),
-        };
-        match stream::find_encoder(self.file, start, &inflated, &plain, pieces, enough)? {
+        let pieces = if self.effort == Effort::Beginning { 0 } else { MAX_SEGMENTS / 2 };
+        match stream::find_encoder(self.file, start, &inflated, &plain, pieces, self.effort.enough())? {
             Some(encoder) => Ok(self
                 .stream(start, inflated.folded_len, inflated.plain_len, encoder)?
                 .map(|()| start + inflated.folded_len)),
@@ -161,7 +166,7 @@ impl Wrapper<'_> {
             Ok(frames) => frames,
             Err(reason) => return Ok(Err(reason)),
         };
-        let enough = if self.effort == Effort::Beginning { ENOUGH } else { u64::MAX };
+        let enough = self.effort.enough();
         for frame in frames {
             let plain = Slice::new(self.plain.clone(), self.plain_at, frame.plain_len)?;
             let mut found = None;

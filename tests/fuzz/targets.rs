@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use rehydrator::catalog::Catalog;
-use rehydrator::fold::{self, Map};
+use rehydrator::fold::{self, Effort, Map};
 use rehydrator::inspect::inspect;
 use rehydrator::openpgp::Keys;
 use rehydrator::recipe::Index;
@@ -130,7 +130,7 @@ fn peel(bytes: &[u8]) {
 
 fn unfold(bytes: &[u8]) {
     let form: Arc<dyn Source> = Arc::new(bytes.to_vec());
-    let Ok(unfolded) = fold::unfold(&form, &std::env::temp_dir()) else { return };
+    let Ok(unfolded) = fold::unfold(&form, &std::env::temp_dir(), Effort::Whole) else { return };
     if let Some(map) = unfolded.map {
         let mut folded = Vec::new();
         // What unfolds comes back, or is found out: that is for the proof of `dehydrate`.
