@@ -78,7 +78,7 @@ class Bench:
         return [*self.before, self.program, "--progress=none", *args]
 
     def dehydrate(self, profile, *options):
-        """Dehydrates the release, or says None when that is done already."""
+        """Dehydrates the release, or says None when that is done already; keeps what it said, with the time of each step."""
         work = self.work / profile
         if self.data(profile).exists():
             return None
@@ -88,7 +88,10 @@ class Bench:
             if not (work / "artifacts" / artifact.path.name).exists():
                 os.link(artifact.path, work / "artifacts" / artifact.path.name)
                 os.link(f"{artifact.path}.sig", work / "artifacts" / f"{artifact.path.name}.sig")
-        return Run(self.rehydrator("build", "dehydrate", "--arch", self.arch, "--profile", profile, "--workdir", work, *options))
+        run = Run([*self.before, self.program, "--progress=plain", "build", "dehydrate", "--arch", self.arch, "--profile", profile,
+                   "--workdir", work, *options])
+        (work / "said").write_bytes(run.err)
+        return run
 
     def image(self, profile):
         """The image, made of what is dehydrated."""
