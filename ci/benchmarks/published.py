@@ -11,9 +11,9 @@ def as_published(bench, report):
     bench.dehydrate("small")
     index = bench.index("small")
     proofs = dict(re.findall(r"^(.*): prove as published: done, .* in ([\d.]+) s$", (bench.work / "small/said").read_text(), re.M))
-    level = re.search(r" (\d) \S+ \S+ \S+://", bench.options)[1]
+    levels = dict(([""] + level.split("="))[-2:] for level in re.search(r" (\S+) \S+ \S+ \S+://", bench.options)[1].split(","))
     # As ci/stream/platforms.sh has them.
-    tools = {".xz": ["xz", f"-c{level}", "-T2"], ".tar.gz": ["gzip", "--no-name", "-9", "-c"], ".gz": ["gzip", "-6", "-c"], ".zip": ["zip", "-q", "-9j", "-"]}
+    tools = {".xz": ["xz", "-c{level}", "-T2"], ".tar.gz": ["gzip", "--no-name", "-9", "-c"], ".gz": ["gzip", "-6", "-c"], ".zip": ["zip", "-q", "-9j", "-"]}
     home, out = bench.work / "gnupg", bench.work / "published"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(mode=0o700)
@@ -35,6 +35,8 @@ def as_published(bench, report):
         tool = next((t for suffix, t in tools.items() if name.endswith(suffix) and name != output), None)
         made = ["", "", ""]
         if tool:
+            level = levels.get(which[1], levels.get("", "0"))
+            tool = [of.format(level=level) for of in tool]
             # Most disks of a format differ in a few bytes: the tool is asked for the first of them.
             kind = (*tool, format_, artifact["output"]["size"])
             if kind not in times:

@@ -144,13 +144,13 @@ convert_disk() { # DISK PLAIN PLATFORM STEM
 }
 
 # In the directory of the file, as the name goes into gzip's and zip's headers.
-compress() { # PLAIN SUFFIX
+compress() { # PLAIN SUFFIX PLATFORM
     cd "$(dirname "$1")"
     case $2 in
-        xz) xz -c"$XZ_LEVEL" -T2 "${1##*/}" >"$1.xz" ;;
+        *xz) xz -c"$(xz_level "$3")" -T2 "${1##*/}" >"$1.xz" ;;
         tar.gz) gzip --no-name -9 -c "${1##*/}" >"$1.gz" ;;
-        gz) gzip -6 -c "${1##*/}" >"$1.gz" ;;
-        zip) zip -q -9j - "${1##*/}" >"$1.zip" ;;
+        *gz) gzip -6 -c "${1##*/}" >"$1.gz" ;;
+        *zip) zip -q -9j - "${1##*/}" >"$1.zip" ;;
     esac
     rm "$1"
 }
@@ -170,7 +170,7 @@ make_disk_image() { # PLATFORM:SUFFIX
             convert_disk "$disk" "${plain%.*}" "$platform" "$stem"
             # The tar of GCP is named by its compressed form only.
             [ "$suffix" = tar.gz ] || sha256sum <"${plain%.*}" | cut -c 1-64 >"$dir/uncompressed-sha256"
-            if [ "$suffix" = tar.gz ]; then compress "${plain%.*}" tar.gz; else compress "${plain%.*}" "${suffix##*.}"; fi
+            compress "${plain%.*}" "$suffix" "$platform"
             ;;
         *) convert_disk "$disk" "$plain" "$platform" "$stem" ;;
     esac
