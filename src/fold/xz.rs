@@ -6,11 +6,16 @@
 //!
 //! The format: <https://xz.tukaani.org/format/xz-file-format.txt>.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::c_void;
 use std::io::{self, Read, Write};
-use std::thread::ScopedJoinHandle;
+use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
-use liblzma::stream::{Action, Filters, LzmaOptions, PRESET_EXTREME, Status, Stream};
+use liblzma_sys as lzma;
 use rayon::prelude::*;
 
 use crate::bytes::le32;
@@ -58,39 +63,103 @@ impl Params {
     }
 }
 
-/// Encodes the LZMA2 data of one block.
-pub(super) struct Encoder(Stream);
+/// Encodes LZMA2 data.
+///
+/// The crate `liblzma` cannot begin anew with the memory of an encoder. Mapping and clearing that for each of hundreds of
+/// blocks took up to a third of the time of the fast presets.
+#[allow(unsafe_code, reason = "liblzma is a C library")]
+mod encoder {
+    use super::{MaybeUninit, Params, bad, c_void, io, lzma, ptr};
 
-impl Encoder {
-    pub(super) fn new(params: &Params) -> io::Result<Self> {
-        let preset = u32::from(params.preset) | if params.extreme { PRESET_EXTREME } else { 0 };
-        let mut options = LzmaOptions::new_preset(preset).map_err(io::Error::from)?;
-        options.dict_size(params.dict);
-        let mut filters = Filters::new();
-        filters.lzma2(&options);
-        Ok(Self(Stream::new_raw_encoder(&filters).map_err(io::Error::from)?))
-    }
+    /// Encodes the LZMA2 data of one block after the other.
+    pub(in crate::fold) struct Encoder(Box<MaybeUninit<lzma::lzma_stream>>);
 
-    /// Encodes `input` and appends what comes of it to `out`; with `finish`, the end of the data too.
-    pub(super) fn run(&mut self, mut input: &[u8], finish: bool, out: &mut Vec<u8>) -> io::Result<()> {
-        let action = if finish { Action::Finish } else { Action::Run };
-        while finish || !input.is_empty() {
-            out.reserve(1 << 16);
-            let (before_in, before_out) = (self.0.total_in(), out.len());
-            match self.0.process_vec(input, out, action) {
-                Ok(Status::StreamEnd) => return Ok(()),
-                Ok(_) => {}
-                Err(e) => return Err(e.into()),
-            }
-            let taken = (self.0.total_in() - before_in) as usize;
-            input = &input[taken..];
-            if taken == 0 && out.len() == before_out && out.capacity() - out.len() >= 1 << 16 {
-                return Err(io::Error::other("xz: the encoder makes no progress"));
+    // SAFETY: liblzma ties nothing to a thread; an encoder is used by one at a time, as every call takes `&mut self`.
+    unsafe impl Send for Encoder {}
+
+    impl Encoder {
+        pub(in crate::fold) fn new(params: &Params) -> io::Result<Self> {
+            // Zeroed, as `LZMA_STREAM_INIT` is.
+            let mut encoder = Self(Box::new(MaybeUninit::zeroed()));
+            encoder.restart(params)?;
+            Ok(encoder)
+        }
+
+        /// Begins with another block; what was not finished is forgotten.
+        pub(in crate::fold) fn restart(&mut self, params: &Params) -> io::Result<()> {
+            let preset =
+                u32::from(params.preset) | if params.extreme { lzma::LZMA_PRESET_EXTREME } else { 0 };
+            let mut options = MaybeUninit::<lzma::lzma_options_lzma>::zeroed();
+            // SAFETY: the stream is zeroed or was set up before, either of which liblzma takes. Zeroed options are valid,
+            // as they are numbers and null pointers. Filters and options are copied, and so need to live for the call only.
+            let code = unsafe {
+                if lzma::lzma_lzma_preset(options.as_mut_ptr(), preset) != 0 {
+                    return Err(bad("liblzma does not know a preset"));
+                }
+                (*options.as_mut_ptr()).dict_size = params.dict;
+                let filters = [
+                    lzma::lzma_filter {
+                        id: lzma::LZMA_FILTER_LZMA2,
+                        options: options.as_mut_ptr().cast::<c_void>(),
+                    },
+                    lzma::lzma_filter { id: lzma::LZMA_VLI_UNKNOWN, options: ptr::null_mut() },
+                ];
+                lzma::lzma_raw_encoder(self.0.as_mut_ptr(), filters.as_ptr())
+            };
+            match code {
+                lzma::LZMA_OK => Ok(()),
+                lzma::LZMA_MEM_ERROR => Err(io::ErrorKind::OutOfMemory.into()),
+                code => Err(bad(&format!("liblzma takes no such encoder: code {code}"))),
             }
         }
-        Ok(())
+
+        /// Encodes `input` and appends what comes of it to `out`; with `finish`, the end of the data too.
+        pub(in crate::fold) fn run(
+            &mut self,
+            input: &[u8],
+            finish: bool,
+            out: &mut Vec<u8>,
+        ) -> io::Result<()> {
+            let stream = self.0.as_mut_ptr();
+            let action = if finish { lzma::LZMA_FINISH } else { lzma::LZMA_RUN };
+            let mut taken = 0;
+            while finish || taken < input.len() {
+                out.reserve(1 << 16);
+                let (rest, room) = (&input[taken..], out.spare_capacity_mut());
+                // SAFETY: the stream was set up by `restart`. The pointers are to memory of the lengths given, borrowed for
+                // the call; they are not used after it, as the next call sets them again.
+                let (code, left, free) = unsafe {
+                    (*stream).next_in = rest.as_ptr();
+                    (*stream).avail_in = rest.len();
+                    (*stream).next_out = room.as_mut_ptr().cast();
+                    (*stream).avail_out = room.len();
+                    let code = lzma::lzma_code(stream, action);
+                    (code, (*stream).avail_in, (*stream).avail_out)
+                };
+                let made = room.len() - free;
+                // SAFETY: liblzma has written so many bytes of the room.
+                unsafe { out.set_len(out.len() + made) };
+                taken = input.len() - left;
+                match code {
+                    lzma::LZMA_STREAM_END => return Ok(()),
+                    lzma::LZMA_OK => {}
+                    lzma::LZMA_BUF_ERROR => return Err(bad("liblzma makes no progress")),
+                    code => return Err(bad(&format!("liblzma fails with code {code}"))),
+                }
+            }
+            Ok(())
+        }
+    }
+
+    impl Drop for Encoder {
+        fn drop(&mut self) {
+            // SAFETY: a zeroed stream, or one that was set up; it is not used again.
+            unsafe { lzma::lzma_end(self.0.as_mut_ptr()) };
+        }
     }
 }
+
+pub(super) use encoder::Encoder;
 
 /// LZMA2 data in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -301,34 +370,13 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// How many such blocks may be made at a time with `memory` bytes: each needs an encoder, its plain bytes, those
-    /// of the next one, and its data.
+    /// How many such blocks may be made at a time with `memory` bytes: each needs an encoder, its plain bytes and its
+    /// data, and so does one that was made before, its data.
     pub(super) fn at_a_time(&self, memory: u64) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let each = self.params.memory().saturating_add(self.plain_len).saturating_add(self.folded_len);
-        cores.min((memory.saturating_sub(self.plain_len) / each) as usize)
-    }
-
-    fn read(&self, plain: &mut dyn Read) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; self.plain_len as usize];
-        plain.read_exact(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn encode(&self, plain: &[u8]) -> io::Result<Vec<u8>> {
-        let mut encoder = Encoder::new(&self.params)?;
-        let mut out = Vec::with_capacity(1 << 20);
-        let mut parts = plain.chunks(1 << 20).peekable();
-        while let Some(part) = parts.next() {
-            encoder.run(part, parts.peek().is_none(), &mut out)?;
-            if out.len() as u64 > self.folded_len {
-                break;
-            }
-        }
-        if out.len() as u64 != self.folded_len {
-            return Err(bad("a block of another length than the map says"));
-        }
-        Ok(out)
+        let data = self.folded_len.saturating_mul(2);
+        let each = self.params.memory().saturating_add(self.plain_len).saturating_add(data);
+        cores.min((memory / each) as usize)
     }
 }
 
@@ -353,52 +401,223 @@ impl Next<'_> {
     }
 }
 
-/// What is to be written, in order: at hand, or on its way.
-enum Ready<'scope, 'a> {
+/// What is to be written, in order: at hand, or the number of the block that is on its way.
+enum Ready<'a> {
     Literal(&'a [u8]),
-    Block(ScopedJoinHandle<'scope, io::Result<Vec<u8>>>),
+    Block(usize),
 }
 
-/// Makes blocks of `plain`, `at_a_time` of them at once, and writes them and what is between them to `out`. The plain
-/// bytes of the next block are read while those before are encoded.
+/// What a worker is told: to begin with a block of this number, in this buffer, and what is in it.
+enum Task {
+    Begin(usize, Job, Vec<u8>),
+    Piece(Vec<u8>),
+}
+
+/// What a worker has made: the block of this number.
+struct Made {
+    worker: usize,
+    block: usize,
+    data: io::Result<Vec<u8>>,
+}
+
+/// Plain bytes are handed to workers in pieces of this length.
+const PIECE: usize = 1 << 20;
+/// Blocks that were begun and not written yet, for each worker: who is faster need not wait for the one before.
+const AHEAD: usize = 2;
+
+/// Makes blocks of `plain`, `at_a_time` of them at once, and writes them and what is between them to `out`. A block is
+/// encoded while its plain bytes are read.
 pub(super) fn encode_all<'a>(
     parts: impl IntoIterator<Item = Next<'a>>,
     at_a_time: usize,
     plain: &mut dyn Read,
     out: &mut dyn Write,
 ) -> io::Result<()> {
+    let (made_tx, made) = channel();
+    let (empty_tx, empty) = channel();
+    // Set when what is made is not wanted any more.
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let mut queue = VecDeque::new();
-        let mut running = 0;
-        for part in parts {
-            let ready = match part {
-                Next::Literal(bytes) => Ready::Literal(bytes),
-                Next::Block(job) => {
-                    let bytes = job.read(plain)?;
-                    while running >= at_a_time {
-                        running -= usize::from(write_first(&mut queue, out)?);
-                    }
-                    running += 1;
-                    Ready::Block(scope.spawn(move || job.encode(&bytes)))
-                }
-            };
-            queue.push_back(ready);
-        }
-        while !queue.is_empty() {
-            write_first(&mut queue, out)?;
-        }
-        Ok(())
+        let workers = (0..at_a_time)
+            .map(|worker| {
+                let (task_tx, tasks) = channel();
+                let (made, empty, stop) = (made_tx.clone(), empty_tx.clone(), &stop);
+                scope.spawn(move || work(worker, &tasks, &made, &empty, stop));
+                task_tx
+            })
+            .collect();
+        let mut pool = Pool {
+            workers,
+            idle: (0..at_a_time).collect(),
+            made,
+            empty,
+            data: BTreeMap::new(),
+            spare: vec![],
+        };
+        let result = pool.run(parts, plain, out);
+        stop.store(true, Ordering::Relaxed);
+        result
     })
 }
 
-/// Writes what is first in the queue, when it is ready. Whether it was a block.
-fn write_first(queue: &mut VecDeque<Ready<'_, '_>>, out: &mut dyn Write) -> io::Result<bool> {
-    match queue.pop_front() {
-        Some(Ready::Literal(bytes)) => out.write_all(bytes).map(|()| false),
-        Some(Ready::Block(thread)) => {
-            let made = thread.join().map_err(|_| io::Error::other("an encoder panicked"))??;
-            out.write_all(&made).map(|()| true)
+struct Pool {
+    workers: Vec<Sender<Task>>,
+    idle: Vec<usize>,
+    made: Receiver<Made>,
+    /// Pieces that were encoded, to be filled again.
+    empty: Receiver<Vec<u8>>,
+    /// Blocks that are made and not written yet, by their numbers.
+    data: BTreeMap<usize, Vec<u8>>,
+    /// Buffers of blocks that were written.
+    spare: Vec<Vec<u8>>,
+}
+
+impl Pool {
+    fn run<'a>(
+        &mut self,
+        parts: impl IntoIterator<Item = Next<'a>>,
+        plain: &mut dyn Read,
+        out: &mut dyn Write,
+    ) -> io::Result<()> {
+        let mut queue = VecDeque::new();
+        let (mut begun, mut written) = (0, 0);
+        for part in parts {
+            match part {
+                Next::Literal(bytes) => queue.push_back(Ready::Literal(bytes)),
+                Next::Block(job) => {
+                    let worker = loop {
+                        written += self.write(&mut queue, out)?;
+                        match self.idle.pop() {
+                            Some(worker) if begun - written < AHEAD * self.workers.len() => break worker,
+                            Some(worker) => self.idle.push(worker),
+                            None => {}
+                        }
+                        self.wait()?;
+                    };
+                    let buffer = self.spare.pop().unwrap_or_default();
+                    self.tell(worker, Task::Begin(begun, job, buffer))?;
+                    self.feed(worker, job.plain_len, plain)?;
+                    queue.push_back(Ready::Block(begun));
+                    begun += 1;
+                }
+            }
         }
-        None => Ok(false),
+        while {
+            self.write(&mut queue, out)?;
+            !queue.is_empty()
+        } {
+            self.wait()?;
+        }
+        Ok(())
     }
+
+    /// Reads the plain bytes of a block, which the worker encodes meanwhile.
+    fn feed(&self, worker: usize, plain_len: u64, plain: &mut dyn Read) -> io::Result<()> {
+        let mut left = plain_len;
+        while left > 0 {
+            let mut piece = self.empty.try_recv().unwrap_or_default();
+            piece.resize(left.min(PIECE as u64) as usize, 0);
+            plain.read_exact(&mut piece)?;
+            left -= piece.len() as u64;
+            self.tell(worker, Task::Piece(piece))?;
+        }
+        Ok(())
+    }
+
+    fn tell(&self, worker: usize, task: Task) -> io::Result<()> {
+        // It ends when it fails, and says why before.
+        let why = |_| self.made.try_iter().find_map(|made| made.data.err());
+        self.workers[worker]
+            .send(task)
+            .map_err(why)
+            .map_err(|e| e.unwrap_or_else(|| io::Error::other("an encoder has ended")))
+    }
+
+    /// Waits until another block is made.
+    fn wait(&mut self) -> io::Result<()> {
+        let Made { worker, block, data } =
+            self.made.recv().map_err(|_| io::Error::other("no encoder is left"))?;
+        self.data.insert(block, data?);
+        self.idle.push(worker);
+        Ok(())
+    }
+
+    /// Writes what is first in the queue and at hand. How many blocks those were.
+    fn write(&mut self, queue: &mut VecDeque<Ready<'_>>, out: &mut dyn Write) -> io::Result<usize> {
+        let mut blocks = 0;
+        while let Some(first) = queue.front() {
+            match first {
+                Ready::Literal(bytes) => out.write_all(bytes)?,
+                Ready::Block(block) => {
+                    let Some(data) = self.data.remove(block) else { break };
+                    out.write_all(&data)?;
+                    self.spare.push(data);
+                    blocks += 1;
+                }
+            }
+            queue.pop_front();
+        }
+        Ok(blocks)
+    }
+}
+
+/// Makes blocks as it is told, until nobody is left to tell it.
+fn work(
+    worker: usize,
+    tasks: &Receiver<Task>,
+    made: &Sender<Made>,
+    empty: &Sender<Vec<u8>>,
+    stop: &AtomicBool,
+) {
+    let mut encoder = None;
+    while let Ok(task) = tasks.recv() {
+        let Task::Begin(block, job, buffer) = task else { continue };
+        let encode = || encode(&mut encoder, &job, buffer, tasks, empty, stop);
+        let data = catch_unwind(AssertUnwindSafe(encode))
+            .unwrap_or_else(|_| Err(io::Error::other("an encoder panicked")));
+        let failed = data.is_err();
+        if made.send(Made { worker, block, data }).is_err() || failed {
+            break;
+        }
+    }
+}
+
+/// Makes one block in `data`, of the pieces that come.
+fn encode(
+    encoder: &mut Option<Encoder>,
+    job: &Job,
+    mut data: Vec<u8>,
+    tasks: &Receiver<Task>,
+    empty: &Sender<Vec<u8>>,
+    stop: &AtomicBool,
+) -> io::Result<Vec<u8>> {
+    let encoder = match encoder {
+        Some(encoder) => {
+            encoder.restart(&job.params)?;
+            encoder
+        }
+        None => encoder.insert(Encoder::new(&job.params)?),
+    };
+    data.clear();
+    let mut left = job.plain_len;
+    while left > 0 {
+        let Ok(Task::Piece(piece)) = tasks.recv() else { return Err(bad("a block without its plain bytes")) };
+        if stop.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        left -= piece.len() as u64;
+        encoder.run(&piece, left == 0, &mut data)?;
+        if data.len() as u64 > job.folded_len {
+            break;
+        }
+        // Nobody fills it again when all is read.
+        let _ = empty.send(piece);
+    }
+    if job.plain_len == 0 {
+        encoder.run(&[], true, &mut data)?;
+    }
+    if data.len() as u64 != job.folded_len {
+        return Err(bad("a block of another length than the map says"));
+    }
+    Ok(data)
 }
