@@ -43,6 +43,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.stream = json.loads((self.release / "stream.json").read_text())
         self.options = (self.release / ".make-stream").read_text().strip()
+        self.identity = f"{self.options} on {processor()}"
         arches = sorted(self.stream["architectures"])
         # That of most platforms, where there is a choice.
         self.arch = "x86_64" if "x86_64" in arches else arches[0]
@@ -102,15 +103,19 @@ class Bench:
 
     def machine(self, report):
         versions = [f"{tool} {version(tool)}" for tool in TOOLS if shutil.which(tool)]
-        model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         flags = set(re.search(r"(?:flags|Features)\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1].split())
         report.say("# Benchmarks\n")
-        report.say(f"Made by `ci/bench` on {platform.system()} {platform.release()}, {model[1] if model else platform.machine()}, "
+        report.say(f"Made by `ci/bench` on {platform.system()} {platform.release()}, {processor()}, "
                    f"{len(os.sched_getaffinity(0))} processors, {'with' if flags & {'sha_ni', 'sha2'} else 'without'} instructions for SHA-256, "
                    f"{memory >> 30} GiB of memory; best of {self.args.repeat}, of one where that takes more than {LONG} s. {output(self.program, '--version')}; {', '.join(versions)}.\n")
         report.say(f"The release: {len(self.artifacts)} artifacts of {self.arch}, {self.published:,} bytes published; "
                    f"ci/make-stream with `{self.options}`.\n")
+
+
+def processor():
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return model[1] if model else platform.machine()
 
 
 TOOLS = ("xz", "zstd", "sha256sum", "qemu-img", "xdelta3", "rdiff", "rsync", "casync", "borg", "fsck.erofs", "skopeo", "umoci", "podman", "wget", "nginx")

@@ -1,4 +1,4 @@
-"""What the parts found: printed at once, kept beside the work, and put together to one Markdown file with a chart."""
+"""What the parts found: printed at once, kept beside the work, and put together to one Markdown file with a chart and the data of both."""
 
 import json
 import time
@@ -43,22 +43,26 @@ class Report:
         self.panels.append([title, rows])
 
     def keep(self, path, of):
-        """What a run of this part found, for a document that is put together later; `of` says of which release."""
+        """What a run of this part found, for a document that is put together later; `of` says of which release, on what machine."""
         path.parent.mkdir(exist_ok=True)
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         path.write_text(json.dumps({"of": of, "when": when, "lines": self.lines, "panels": self.panels}))
 
 
 def document(output, head, kept, of):
-    """Writes the Markdown, and its chart beside it, of the parts that were kept and are of the same release."""
-    parts = [json.loads(path.read_text()) for path in kept if path.exists()]
-    parts = [part for part in parts if part["of"] == of]
+    """Writes the Markdown, and beside it its chart and its data, of the parts that were kept and are of the same release.
+    A part that was not measured again stays as it was."""
+    data = output.with_suffix(".json")
+    before = json.loads(data.read_text()) if data.exists() else {}
+    found = {**before, **{path.stem: json.loads(path.read_text()) for path in kept if path.exists()}}
+    parts = {path.stem: found[path.stem] for path in kept if found.get(path.stem, {}).get("of") == of}
+    data.write_text(json.dumps(parts, indent=1) + "\n")
     picture = output.with_suffix(".svg")
-    panels = [panel for part in parts for panel in part["panels"]]
+    panels = [panel for part in parts.values() for panel in part["panels"]]
     lines = list(head.lines)
     if panels:
         picture.write_text(chart.svg(panels))
         lines += [f"![The same as bars; all figures are in the tables below]({picture.name})", ""]
-    for part in parts:
+    for part in parts.values():
         lines += [*part["lines"], f"Measured {part['when']} UTC.", ""]
     output.write_text("\n".join(lines).rstrip("\n") + "\n")
