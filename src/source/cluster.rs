@@ -38,7 +38,7 @@ pub struct Key {
 }
 
 /// The longest cluster that is decoded, in bytes; anything that claims more is refused as hostile. `mkfs.erofs` makes
-/// clusters of up to 4000 KiB, squashfs of up to 1 MiB, our own blobs of up to 4 MiB.
+/// clusters of up to 4000 KiB, squashfs of up to 1 MiB, our own blobs of up to 16 MiB.
 pub const MAX_CLUSTER: u32 = 64 << 20;
 
 /// Decodes the clusters of one image.
@@ -153,9 +153,12 @@ impl Source for Clustered {
                 Origin::Zeros => out.fill(0),
                 Origin::Image { offset } => self.image.read_at(offset, out)?,
                 Origin::Cluster { id, offset } => {
-                    let cluster = self.cache.get(Key { source: self.source, cluster: id })?;
-                    let part = cluster.get(offset as usize..offset as usize + out.len());
-                    out.copy_from_slice(part.ok_or_else(|| short(id, cluster.len(), offset, out.len()))?);
+                    let decoded = self.cache.get(Key { source: self.source, cluster: id })?;
+                    let len = decoded.len();
+                    if len < offset as usize + out.len() {
+                        return Err(short(id, len, offset, out.len()));
+                    }
+                    decoded.read_at(offset as usize, out)?;
                 }
             }
             Ok(())
@@ -198,7 +201,7 @@ fn short(cluster: u32, has: usize, offset: u32, wanted: usize) -> io::Error {
 ///
 /// A reader that knows what it will read says so with [`Cache::plan`]; from then on nothing is kept that will not be
 /// used again, what has to go is what is needed last (which no order of eviction beats), and [`Cache::work`] decodes
-/// ahead of the reader on other cores. Clusters that are not needed soon are kept compressed once room is short.
+/// ahead of the reader on other cores. Clusters that are not needed soon are packed once room is short, and read packed.
 /// Without a plan it is a least-recently-used cache.
 pub struct Cache {
     codecs: RwLock<Vec<Arc<dyn ClusterCodec>>>,
@@ -220,6 +223,9 @@ const AHEAD: u64 = 64 << 20;
 
 /// zstd's fastest ordinary level: packs at 400 MB/s, unpacks at 1 GB/s, ten times as fast as LZMA decodes.
 const COLD_LEVEL: i32 = 1;
+
+/// So much of a cluster is unpacked for any byte of it, in bytes. A disk has the files of a cluster here and there.
+const PIECE: usize = 64 << 10;
 
 #[derive(Default)]
 struct State {
@@ -258,11 +264,72 @@ struct Entry {
     next: usize,
 }
 
+#[derive(Clone)]
 enum Data {
-    /// A thread is decoding, packing or unpacking it.
+    /// A thread is decoding or packing it.
     Busy,
     Hot(Arc<Vec<u8>>),
-    Cold(Vec<u8>),
+    Cold(Arc<Packed>),
+}
+
+impl Data {
+    /// The decoded length.
+    fn len(&self) -> usize {
+        match self {
+            Data::Busy => 0,
+            Data::Hot(bytes) => bytes.len(),
+            Data::Cold(packed) => packed.len,
+        }
+    }
+
+    /// Bytes held uncompressed, and all bytes held.
+    fn held(&self) -> (u64, u64) {
+        match self {
+            Data::Busy => (0, 0),
+            Data::Hot(bytes) => (bytes.len() as u64, bytes.len() as u64),
+            Data::Cold(packed) => (0, packed.pieces.iter().map(|piece| piece.len() as u64).sum()),
+        }
+    }
+
+    /// Reads what is not beyond [`len`](Self::len).
+    fn read_at(&self, offset: usize, out: &mut [u8]) -> io::Result<()> {
+        match self {
+            Data::Busy => {}
+            Data::Hot(bytes) => out.copy_from_slice(&bytes[offset..offset + out.len()]),
+            Data::Cold(packed) => packed.read_at(offset, out)?,
+        }
+        Ok(())
+    }
+}
+
+/// A cluster that waits for its next use.
+struct Packed {
+    len: usize,
+    /// Frames of zstd, each of [`PIECE`] bytes but the last.
+    pieces: Vec<Vec<u8>>,
+}
+
+impl Packed {
+    fn new(bytes: &[u8]) -> io::Result<Self> {
+        let mut zstd = zstd::bulk::Compressor::new(COLD_LEVEL)?;
+        let pieces = bytes.chunks(PIECE).map(|piece| zstd.compress(piece)).collect::<io::Result<_>>()?;
+        Ok(Self { len: bytes.len(), pieces })
+    }
+
+    fn read_at(&self, mut offset: usize, mut out: &mut [u8]) -> io::Result<()> {
+        let mut zstd = zstd::bulk::Decompressor::new()?;
+        let mut plain = Vec::with_capacity(PIECE);
+        while !out.is_empty() {
+            plain.clear();
+            zstd.decompress_to_buffer(&self.pieces[offset / PIECE], &mut plain)?;
+            let part = &plain[offset % PIECE..];
+            let (now, later) = out.split_at_mut(part.len().min(out.len()));
+            now.copy_from_slice(&part[..now.len()]);
+            offset += now.len();
+            out = later;
+        }
+        Ok(())
+    }
 }
 
 impl Cache {
@@ -347,51 +414,41 @@ impl Cache {
         Ok(clusters.len())
     }
 
-    /// The decoded bytes of a cluster.
-    fn get(&self, key: Key) -> io::Result<Arc<Vec<u8>>> {
+    /// A cluster, decoded; never `Busy`.
+    fn get(&self, key: Key) -> io::Result<Data> {
         let mut state = self.state();
-        let cold = loop {
+        loop {
             state.ticks += 1;
             let now = usize::MAX - state.ticks;
             let unplanned = state.plan.is_empty();
-            let Some(entry) = state.entries.get_mut(&key) else { break None };
+            let Some(entry) = state.entries.get_mut(&key) else { break };
             if unplanned {
                 entry.next = now;
             }
             match &entry.data {
                 Data::Busy => state = self.wait(state),
-                Data::Hot(bytes) => return Ok(bytes.clone()),
-                Data::Cold(_) => break state.take(key),
+                data => return Ok(data.clone()),
             }
-        };
-        let next = match state.entries.get(&key) {
-            Some(entry) => entry.next,
-            None if state.plan.is_empty() => usize::MAX - state.ticks,
-            // Evicted, or not in the plan: it is being used now, so its next use is the reader's.
-            None => state.reader,
-        };
+        }
+        // When evicted, or not in the plan, it is being used now, so its next use is the reader's.
+        let next = if state.plan.is_empty() { usize::MAX - state.ticks } else { state.reader };
         state.entries.insert(key, Entry { data: Data::Busy, next });
         drop(state);
-        self.load(key, cold)
+        self.load(key)
     }
 
-    /// Decodes or unpacks a cluster whose entry is `Busy`, and keeps it.
-    fn load(&self, key: Key, cold: Option<Data>) -> io::Result<Arc<Vec<u8>>> {
-        let decoded = match &cold {
-            Some(Data::Cold(packed)) => {
-                zstd::bulk::decompress(packed, self.codec(key.source).decoded_len(key.cluster) as usize)
-            }
-            _ => self.decode(key),
-        };
+    /// Decodes a cluster whose entry is `Busy`, and keeps it.
+    fn load(&self, key: Key) -> io::Result<Data> {
+        let decoded = self.decode(key);
         let mut state = self.state();
         match decoded {
             Ok(bytes) => {
-                let bytes = Arc::new(bytes);
-                state.stats.decodes += u64::from(cold.is_none());
-                state.put(key, Data::Hot(bytes.clone()));
+                let data = Data::Hot(Arc::new(bytes));
+                state.stats.decodes += 1;
+                state.put(key, data.clone());
                 self.shrink(state);
                 self.changed.notify_all();
-                Ok(bytes)
+                Ok(data)
             }
             Err(e) => {
                 state.entries.remove(&key);
@@ -416,11 +473,11 @@ impl Cache {
             match state.take(victim) {
                 Some(Data::Hot(bytes)) if pack => {
                     drop(state);
-                    let packed = zstd::bulk::compress(&bytes, COLD_LEVEL);
+                    let packed = Packed::new(&bytes);
                     self.reuse(bytes);
                     state = self.state();
                     match packed {
-                        Ok(packed) => state.put(victim, Data::Cold(packed)),
+                        Ok(packed) => state.put(victim, Data::Cold(Arc::new(packed))),
                         Err(_) => drop(state.entries.remove(&victim)),
                     }
                     self.changed.notify_all();
@@ -524,7 +581,7 @@ impl Cache {
             }
             state.entries.insert(key, Entry { data: Data::Busy, next: i });
             drop(state);
-            let failed = self.load(key, None).is_err();
+            let failed = self.load(key).is_err();
             state = self.state();
             if failed {
                 // The reader will come to it, try again, and report it.
@@ -569,28 +626,18 @@ impl State {
     fn take(&mut self, key: Key) -> Option<Data> {
         let entry = self.entries.get_mut(&key)?;
         let data = std::mem::replace(&mut entry.data, Data::Busy);
-        match &data {
-            Data::Busy => {}
-            Data::Hot(bytes) => {
-                self.hot -= bytes.len() as u64;
-                self.held -= bytes.len() as u64;
-            }
-            Data::Cold(packed) => self.held -= packed.len() as u64,
-        }
+        let (hot, held) = data.held();
+        self.hot -= hot;
+        self.held -= held;
         Some(data)
     }
 
     /// Puts bytes into a `Busy` entry; nothing when it is gone, as after the end of a plan, or another thread was faster.
     fn put(&mut self, key: Key, data: Data) {
         let Some(entry) = self.entries.get_mut(&key).filter(|e| matches!(e.data, Data::Busy)) else { return };
-        match &data {
-            Data::Busy => {}
-            Data::Hot(bytes) => {
-                self.hot += bytes.len() as u64;
-                self.held += bytes.len() as u64;
-            }
-            Data::Cold(packed) => self.held += packed.len() as u64,
-        }
+        let (hot, held) = data.held();
         entry.data = data;
+        self.hot += hot;
+        self.held += held;
     }
 }
