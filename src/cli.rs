@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bytes::parse_size;
 use crate::dehydrate::Profile;
-use crate::oci::image::Program;
+use crate::oci::image::{Compression, Program};
 use crate::oci::read::Origin;
 use crate::progress::Mode;
 use crate::recipe::Tier;
@@ -224,6 +224,9 @@ pub struct ImageHow {
     /// as docker-registry does, gets the layers again that were on their way
     #[arg(long, value_parser = parse_size, default_value = "4G", value_name = "SIZE")]
     pub max_layer: u64,
+    /// How the program in the image is compressed
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    pub program_compression: Compression,
     /// Sign the image with this OpenPGP secret key (simple signing)
     #[arg(long, value_name = "FILE")]
     pub sign_key: Option<PathBuf>,

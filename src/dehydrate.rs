@@ -521,13 +521,13 @@ impl Job<'_> {
         let plain_size = plain.len();
         let spec = match over {
             Some(over) => {
-                let out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
+                let out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL, blob::LONG_FRAME);
                 let blob = self.writer.keep(over.index.diff(&**plain, out)?.finish()?)?;
                 let base = over.parts.iter().map(|made| made.spec).chain([over.zeros]).collect();
                 SourceSpec::Delta { blob, plain_size, base }
             }
             None => {
-                let mut out = blob::Writer::new(self.writer.blob()?, BASE_LEVEL);
+                let mut out = blob::Writer::new(self.writer.blob()?, BASE_LEVEL, blob::FRAME);
                 io::copy(&mut source::Reader::new(&**plain), &mut out)?;
                 SourceSpec::Zstd { blob: self.writer.keep(out.finish()?)?, plain_size }
             }
@@ -536,7 +536,7 @@ impl Job<'_> {
     }
 
     fn store_map(&self, map: &Map) -> Result<Blob> {
-        let mut out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL);
+        let mut out = blob::Writer::new(self.writer.blob()?, DELTA_LEVEL, blob::LONG_FRAME);
         io::Write::write_all(&mut out, &map.to_bytes())?;
         self.writer.keep(out.finish()?)
     }

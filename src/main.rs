@@ -357,6 +357,7 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             tags: &[],
             time: oci::image::source_date_epoch()?,
             max_layer: args.how.max_layer,
+            compression: args.how.program_compression,
             registry: args.how.registry.options(),
             signing: signing(&args.how, args.lookaside.unwrap_or_else(|| workdir.sigstore()))?,
             progress,
@@ -451,6 +452,7 @@ fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn
             programs: programs(&image_how.binary)?,
             time: oci::image::source_date_epoch()?,
             max_layer: image_how.max_layer,
+            compression: image_how.program_compression,
             registry: image_how.registry.options(),
             signing: signing(&image_how, lookaside.unwrap_or_else(|| dest.join(mirror::images::SIGSTORE)))?,
         })

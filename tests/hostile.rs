@@ -63,7 +63,7 @@ const TREE: &str = "
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         "blob" => {
-            let mut writer = blob::Writer::new(Vec::new(), 3);
+            let mut writer = blob::Writer::new(Vec::new(), 3, blob::FRAME);
             writer.write_all(&fs::read("/bin/bash").unwrap()[..200_000]).unwrap();
             vec![writer.finish().unwrap()]
         }

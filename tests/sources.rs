@@ -82,7 +82,7 @@ fn file_with_holes() {
 }
 
 fn seekable(plain: &[u8]) -> Vec<u8> {
-    let mut writer = blob::Writer::new(Vec::new(), 3);
+    let mut writer = blob::Writer::new(Vec::new(), 3, blob::FRAME);
     writer.write_all(plain).unwrap();
     writer.finish().unwrap()
 }

@@ -16,7 +16,7 @@ use crate::catalog::SIGNATURE;
 use crate::dehydrate::{self, dehydrate};
 use crate::digest::Digest;
 use crate::fetch::beside;
-use crate::oci::image::{Build, Program};
+use crate::oci::image::{Build, Compression, Program};
 use crate::oci::read::Image;
 use crate::oci::sign::Signing;
 use crate::progress::Progress;
@@ -47,6 +47,8 @@ pub struct Options {
     pub time: u64,
     /// The largest layer, in bytes.
     pub max_layer: u64,
+    /// How the program in it is compressed.
+    pub compression: Compression,
     /// How to speak to the registry.
     pub registry: registry::Options,
     /// What signs it; the tag of a name in there means nothing.
@@ -116,6 +118,7 @@ pub fn push(
         tags: &[stream],
         time: options.time,
         max_layer: options.max_layer,
+        compression: options.compression,
         registry: options.registry.clone(),
         signing: Signing { identity, ..options.signing.clone() },
         progress,

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use flate2::{Compression, GzBuilder};
+use flate2::GzBuilder;
 use oci_spec::image::{
     ANNOTATION_CREATED, ANNOTATION_DESCRIPTION, ANNOTATION_TITLE, ANNOTATION_VERSION, Arch, ConfigBuilder,
     Descriptor, HistoryBuilder, ImageConfigurationBuilder, ImageIndexBuilder, ImageManifest,
@@ -88,6 +88,16 @@ impl FromStr for Program {
     }
 }
 
+/// How the program of an image is compressed. All else is already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Compression {
+    /// A fifth smaller than gzip
+    #[default]
+    Zstd,
+    /// For tools that know no zstd, such as umoci 0.4 and Docker before 23, and for `skopeo copy --format v2s2`
+    Gzip,
+}
+
 /// How to make an image.
 pub struct Build<'a> {
     /// The dehydrated directory.
@@ -103,6 +113,8 @@ pub struct Build<'a> {
     pub time: u64,
     /// The largest layer, in bytes; a longer blob is in several.
     pub max_layer: u64,
+    /// How the program in it is compressed.
+    pub compression: Compression,
     /// How to speak to a registry.
     pub registry: Options,
     /// What signs it.
@@ -133,8 +145,19 @@ pub fn build_at(dehydrated: &Path, program: &Path, output: &str, time: u64) -> R
     let programs = vec![Program { arch: None, path: program.to_owned() }];
     let (registry, signing, progress) =
         (Options::default(), Signing::default(), &Progress::new(Mode::default()));
-    let (max_layer, tags) = (MAX_LAYER, &[]);
-    let build = Build { dehydrated, programs, output, tags, time, max_layer, registry, signing, progress };
+    let (max_layer, compression, tags) = (MAX_LAYER, Compression::default(), &[]);
+    let build = Build {
+        dehydrated,
+        programs,
+        output,
+        tags,
+        time,
+        max_layer,
+        compression,
+        registry,
+        signing,
+        progress,
+    };
     Ok(build.run()?.digest)
 }
 
@@ -150,7 +173,8 @@ impl Build<'_> {
             Target::Registry(_) => Staging::passing(),
         };
 
-        let programs = self.programs.iter().map(|program| program_layer(&staging, program, self.time));
+        let programs =
+            self.programs.iter().map(|program| program_layer(&staging, program, self.time, self.compression));
         let programs = programs.collect::<Result<Vec<_>>>()?;
         let mut shared = vec![metadata_layer(&staging, &store, self.time)?];
         for group in groups {
@@ -529,8 +553,16 @@ struct Entry {
     expected: Option<Digest>,
 }
 
+/// zstd's strongest ordinary level: it takes some seconds for the program.
+const ZSTD_LEVEL: i32 = 19;
+
 /// The program, and the architecture it is for.
-fn program_layer(staging: &Staging, program: &Program, time: u64) -> Result<(Arch, Layer)> {
+fn program_layer(
+    staging: &Staging,
+    program: &Program,
+    time: u64,
+    compression: Compression,
+) -> Result<(Arch, Layer)> {
     let at = || format!("program {}", program.path.display());
     let file = File::open(&program.path).and_then(source::File::new).with_context(at)?;
     let mut head = Vec::new();
@@ -543,14 +575,23 @@ fn program_layer(staging: &Staging, program: &Program, time: u64) -> Result<(Arc
     let mut tar = TarLayer::new(time);
     tar.file(PROGRAM, 0o755, Arc::new(file), None).with_context(at)?;
     let tar = tar.finish()?;
-    let (descriptor, plain) = staging.blob(MediaType::ImageLayerGzip, |out| {
-        // No name and no time in the header, so that only the content decides.
-        let mut out = Hasher::new(GzBuilder::new().write(out, Compression::best()));
-        tar.write(&mut out).with_context(at)?;
-        let (gzip, plain, _) = out.into_parts();
-        gzip.finish()?;
-        Ok(plain)
-    })?;
+    let (descriptor, plain) = match compression {
+        Compression::Zstd => staging.blob(MediaType::ImageLayerZstd, |out| {
+            let mut out = Hasher::new(zstd::Encoder::new(out, ZSTD_LEVEL)?);
+            tar.write(&mut out).with_context(at)?;
+            let (zstd, plain, _) = out.into_parts();
+            zstd.finish()?;
+            Ok(plain)
+        }),
+        Compression::Gzip => staging.blob(MediaType::ImageLayerGzip, |out| {
+            // No name and no time in the header, so that only the content decides.
+            let mut out = Hasher::new(GzBuilder::new().write(out, flate2::Compression::best()));
+            tar.write(&mut out).with_context(at)?;
+            let (gzip, plain, _) = out.into_parts();
+            gzip.finish()?;
+            Ok(plain)
+        }),
+    }?;
     Ok((arch, Layer { descriptor, plain, what: format!("rehydrator {}", env!("CARGO_PKG_VERSION")) }))
 }
 

@@ -8,7 +8,7 @@
 //! The image is a plain OCI image with nothing below it: one static executable and the data. In the order of the
 //! manifest its layers are
 //!
-//! 1. [`PROGRAM`], compressed with gzip;
+//! 1. [`PROGRAM`], compressed with zstd, or with gzip where that is asked for;
 //! 2. the metadata below [`DATA`]: `index.json`, `stream.json`, upstream's signatures;
 //! 3. the blobs below [`DATA`], in uncompressed tar (they are compressed already): one layer for all the blobs that the
 //!    same artifacts need, those that most artifacts need first.

@@ -13,9 +13,12 @@ use zeekstd::seek_table::Format;
 use super::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, MAX_CLUSTER, Origin};
 use super::{Reader, Source};
 
-/// Decoded length of every frame but the last, in bytes. Larger frames compress a little better; smaller ones cost
-/// less to get at one byte, and less memory.
+/// The decoded length of frames that are read here and there, in bytes.
 pub const FRAME: usize = 4 << 20;
+
+/// That of what is strongly compressed: structures of a file system repeat over more than [`FRAME`], and a disk has a few
+/// frames of them. Larger ones cost more to get at one byte, and more memory.
+pub const LONG_FRAME: usize = 16 << 20;
 
 /// Bytes of the integrity field that ends a seek table: frame count, descriptor, magic number.
 const FOOTER: usize = 9;
@@ -96,19 +99,21 @@ pub fn open(blob: Arc<dyn Source>, cache: Arc<Cache>) -> io::Result<Clustered> {
 pub struct Writer<W: Write> {
     out: W,
     level: i32,
+    /// The decoded length of every frame but the last, in bytes.
+    frame: usize,
     /// Whole frames that wait for enough others to keep all cores busy, and the one being filled.
     pending: Vec<Vec<u8>>,
     table: SeekTable,
 }
 
 impl<W: Write> Writer<W> {
-    /// Writes to `out` at zstd's `level`.
-    pub fn new(out: W, level: i32) -> Self {
-        Self { out, level, pending: vec![], table: SeekTable::new() }
+    /// Writes to `out` at zstd's `level`, in frames of so many bytes: [`FRAME`] or [`LONG_FRAME`].
+    pub fn new(out: W, level: i32, frame: usize) -> Self {
+        Self { out, level, frame, pending: vec![], table: SeekTable::new() }
     }
 
     fn compress_pending(&mut self) -> io::Result<()> {
-        let level = self.level;
+        let (level, window) = (self.level, self.frame.ilog2());
         let frames = std::mem::take(&mut self.pending);
         let packed: Vec<io::Result<Vec<u8>>> = frames
             .par_iter()
@@ -116,7 +121,7 @@ impl<W: Write> Writer<W> {
                 let mut compressor = zstd::bulk::Compressor::new(level)?;
                 compressor.include_checksum(true)?;
                 // Matches may reach back over the whole frame at every level.
-                compressor.window_log(FRAME.ilog2())?;
+                compressor.window_log(window)?;
                 compressor.compress(plain)
             })
             .collect();
@@ -139,14 +144,14 @@ impl<W: Write> Writer<W> {
 
 impl<W: Write> Write for Writer<W> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        if self.pending.last().is_none_or(|frame| frame.len() == FRAME) {
+        if self.pending.last().is_none_or(|frame| frame.len() == self.frame) {
             if self.pending.len() >= rayon::current_num_threads() {
                 self.compress_pending()?;
             }
-            self.pending.push(Vec::with_capacity(FRAME.min(buf.len().max(1 << 16))));
+            self.pending.push(Vec::with_capacity(self.frame.min(buf.len().max(1 << 16))));
         }
         let Some(frame) = self.pending.last_mut() else { unreachable!("a frame was just pushed") };
-        let n = buf.len().min(FRAME - frame.len());
+        let n = buf.len().min(self.frame - frame.len());
         frame.extend_from_slice(&buf[..n]);
         Ok(n)
     }

@@ -16,7 +16,7 @@ use crate::release::{artifact, blob_of, write};
 use crate::server::{Cut, Proxy};
 
 fn zstd(plain: &[u8]) -> Vec<u8> {
-    let mut writer = blob::Writer::new(Vec::new(), 3);
+    let mut writer = blob::Writer::new(Vec::new(), 3, blob::FRAME);
     writer.write_all(plain).unwrap();
     writer.finish().unwrap()
 }
@@ -507,7 +507,7 @@ fn small_layers_and_several_architectures() {
     // A blob in parts in a directory, as in a container.
     let bundle = release.text("bundle");
     let image = format!("{}:x", release.text("one"));
-    release.build(&format!("oci:{image}"), &["--max-layer=1M"]);
+    release.build(&format!("oci:{image}"), &["--max-layer=1M", "--program-compression=gzip"]);
     run(&["umoci", "unpack", "--rootless", "--image", &image, &bundle]);
     let data = format!("{bundle}/rootfs/srv/dehydrated");
     assert!(release.stdout(&["rehydrate", "-", "--disk=openstack", "--data", &data]) == release.openstack);
