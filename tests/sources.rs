@@ -177,13 +177,13 @@ fn deltas() {
     assert!(error.contains("a copy of 255 bytes at 255 of a base of 300"), "{error}");
 }
 
-/// Clusters of 64 KiB of which every other reader wants 16 KiB, in an order that visits each four times.
+/// Clusters of 160 KiB, read 40 KiB at a time, in an order that visits each four times: what is packed is in pieces of 64 KiB.
 struct Counting {
     plain: Vec<u8>,
     decodes: AtomicU64,
 }
 
-const CLUSTER: usize = 64 << 10;
+const CLUSTER: usize = 160 << 10;
 
 impl ClusterCodec for Counting {
     fn count(&self) -> u32 {
@@ -237,9 +237,9 @@ fn a_planned_cache_decodes_what_its_budget_allows() {
         source.trace(0, source.len(), 0, &mut uses);
         let mut out = vec![0; plain.len()];
         cache.with_plan(uses, 2, || {
-            for (i, piece) in out.chunks_mut(50_000).enumerate() {
-                cache.advance(i as u64 * 50_000);
-                source.read_at(i as u64 * 50_000, piece).unwrap();
+            for (i, piece) in out.chunks_mut(125_000).enumerate() {
+                cache.advance(i as u64 * 125_000);
+                source.read_at(i as u64 * 125_000, piece).unwrap();
             }
         });
         assert!(out == expected, "budget {budget}: wrong bytes");

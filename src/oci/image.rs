@@ -553,8 +553,8 @@ struct Entry {
     expected: Option<Digest>,
 }
 
-/// zstd's strongest ordinary level: it takes some seconds for the program.
-const ZSTD_LEVEL: i32 = 19;
+/// It takes some seconds and 60 MiB for the program. Level 19 takes half as much again of both, and gains 0.3 %.
+const ZSTD_LEVEL: i32 = 18;
 
 /// The program, and the architecture it is for.
 fn program_layer(
@@ -577,7 +577,10 @@ fn program_layer(
     let tar = tar.finish()?;
     let (descriptor, plain) = match compression {
         Compression::Zstd => staging.blob(MediaType::ImageLayerZstd, |out| {
-            let mut out = Hasher::new(zstd::Encoder::new(out, ZSTD_LEVEL)?);
+            let mut zstd = zstd::Encoder::new(out, ZSTD_LEVEL)?;
+            // It takes less memory for what is smaller than its window.
+            zstd.set_pledged_src_size(Some(tar.len()))?;
+            let mut out = Hasher::new(zstd);
             tar.write(&mut out).with_context(at)?;
             let (zstd, plain, _) = out.into_parts();
             zstd.finish()?;

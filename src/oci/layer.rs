@@ -84,6 +84,11 @@ impl TarLayer {
 pub(super) struct Tar(Vec<Part>);
 
 impl Tar {
+    /// Its length, in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.0.iter().map(|part| part.source.len()).sum()
+    }
+
     /// Writes it. An error where a blob is not what its digest says; what was written is of no use then.
     pub(super) fn write(&self, mut out: impl Write) -> Result<()> {
         for Part { source, blob } in &self.0 {
