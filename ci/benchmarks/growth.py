@@ -29,22 +29,32 @@ class Series(NamedTuple):
     options: Callable  # of a point, for ci/make-stream
 
 
-def growth(bench, report):
+def disk_size(bench, report):
     content = bench.args.growth
-    series = [
-        Series("disk size", "GB", SIZES, lambda n: (content, f"{n}G", FEW)),
-        Series("content", "MB", [content * n for n in TIMES], lambda n: (n, f"{max(4, n >> 8)}G", FEW)),
-        Series("platforms", "platforms", COUNTS, lambda n: (content, "1G", ",".join(["live", *ALL[:n]]))),
-    ]
-    report.say("## Growth\n")
-    report.say(f"Releases with {content} MB of content on disks of {series[0].points[0]} GB, unless that is what grows; `ci/make-stream --xz-level 0`; "
-               f"profile small, without the proof of published files. The slope is that of the line through the points by least squares.\n")
-    for axis in series:
-        points = {n: measure(release(bench, *axis.options(n)), axis.name) for n in axis.points}
-        grown(report, axis, points)
-        if axis.name == "disk size":
-            zeros(bench, report, points)
-    processors(bench, report, content)
+    axis = Series("disk size", "GB", SIZES, lambda n: (content, f"{n}G", FEW))
+    zeros(bench, report, grow(bench, report, axis, f"{content} MB of content"))
+
+
+def content(bench, report):
+    points = [bench.args.growth * n for n in TIMES]
+    axis = Series("content", "MB", points, lambda n: (n, f"{max(4, n >> 8)}G", FEW))
+    grow(bench, report, axis, "disks of 4 GB, or of four times the content")
+
+
+def platforms(bench, report):
+    content = bench.args.growth
+    axis = Series("platforms", "platforms", COUNTS, lambda n: (content, "1G", ",".join(["live", *ALL[:n]])))
+    grow(bench, report, axis, f"{content} MB of content on disks of 1 GB")
+
+
+def grow(bench, report, axis, of):
+    """Measures each point of an axis, on releases of such a kind, and gives all back."""
+    report.say(f"## Growth by {axis.name}\n")
+    report.say(f"Releases with {of}; `ci/make-stream --xz-level 0`; profile small, without the proof of published files. The slope is that of the line "
+               f"through the points by least squares.\n")
+    points = {n: measure(release(bench, *axis.options(n)), axis.name) for n in axis.points}
+    grown(report, axis, points)
+    return points
 
 
 def release(bench, content, disk, platforms):
@@ -101,7 +111,6 @@ def slope(points):
 
 
 def grown(report, axis, points):
-    report.say(f"### {axis.name[0].upper()}{axis.name[1:]}\n")
     rows = []
     for what, (_, unit) in points[axis.points[0]].items():
         line = [(n, points[n][what][0]) for n in axis.points]
@@ -133,8 +142,10 @@ def zeros(bench, report, points):
             report.promise(f"{format_}: time with {many} GB, of that with {few} GB", after / before, 1.1)
 
 
-def processors(bench, report, content):
+def processors(bench, report):
     """The same on one processor and on two."""
+    report.say("## Growth by processors\n")
+    content = bench.args.growth
     small = release(bench, content, "4G", FEW)
     counts = (1, 2)
     if len(os.sched_getaffinity(0)) < 2:
@@ -158,6 +169,6 @@ def processors(bench, report, content):
             compare(f"rehydrate, {profile}, {what}", lambda: disk(small, profile, label))
         compare(f"rehydrate, {profile}, all into a directory", lambda: directory(small, profile), 1)
     shutil.rmtree(small.work)
-    report.say("### Processors\n")
+    report.say(f"A release with {content} MB of content on disks of 4 GB, by `taskset`.\n")
     report.table(["what", *(f"{n} processor{'s' * (n > 1)}" for n in counts), "times as fast"], [
         [what, *(f"{run.seconds:.2f} s" for run in runs), f"{runs[0].seconds / runs[1].seconds:.2f}"] for what, runs in rows.items()])

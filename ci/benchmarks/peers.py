@@ -48,6 +48,9 @@ def plain(artifact, path):
 
 
 class Peer:
+    # Seconds that went into what is no file of its own.
+    base = 0
+
     """Takes one plain file after the other; begins with no more of them when it has taken so many seconds."""
 
     def __init__(self, work):
@@ -68,7 +71,7 @@ class Peer:
         self.rss = max(self.rss, run.rss)
 
     def add(self, artifact, path, bound):
-        if self.seconds > bound:
+        if self.seconds - self.base > bound:
             return
         before = size_of(self.work)
         try:
@@ -148,6 +151,7 @@ class Deltas(Peer):
         super().__init__(work)
         self.bases, self.target = bases, target
         self.count(bases.packing)
+        self.base = self.seconds
 
     def add(self, artifact, path, bound):
         if stored := self.bases.stored(artifact):
@@ -234,7 +238,7 @@ def peers(bench, report):
     bases = Bases(bench, work)
     order = sorted((a for a in bench.artifacts if a not in (bases.disk, bases.live)), key=lambda a: a.format)
     # Another disk, of the kind that most are.
-    target = next(a for a in order if a.is_disk and "qcow2." in a.format)
+    target = next(a for a in order if a.is_disk and "qcow2.xz" in a.format)
     order = [bases.disk, bases.live, target, *(a for a in order if a != target)]
     others = [Together(work), Casync(work), Borg(work), *(kind(work, bases, target) for kind in (Xdelta, PatchFrom, Rdiff, Rsync))]
     for artifact in order:
@@ -260,16 +264,19 @@ def tables(bench, report, bases, others, order):
         ours = sum(stored[a.path.name] for a in files)
         return [what, f"{least}{size:,}", f"{least}{size / bench.published:.2%}", f"{size / ours:.2f}", *(cost or [""] * 3), len(files)]
 
-    rows = [row("published", bench.published, order), row("image, small", image, order)]
+    def took(cost):
+        return f"{cost.seconds:.0f} s", f"{cost.cpu:.0f} s", f"{cost.rss / MIB:.0f} MiB"
+
+    rows = [row("published", bench.published, order), row("image, small", image, order, *took(bench.cost("small")))]
     bars = [["published", bench.published], ["image, small", image]]
     if bench.data("fast").exists():
         fast = size_of(bench.image("fast"))
-        rows.append(row("image, fast", fast, order))
+        rows.append(row("image, fast", fast, order, *took(bench.cost("fast"))))
         bars.append(["image, fast", fast])
     for peer in others:
         size, done = getattr(peer, "total", sum(peer.sizes.values())), len(peer.sizes)
         most = "" if done == len(order) else "≥ "
-        rows.append(row(peer.name, size, peer.sizes, f"{peer.seconds:.0f} s", f"{peer.cpu:.0f} s", f"{peer.rss / MIB:.0f} MiB", least=most))
+        rows.append(row(peer.name, size, peer.sizes, *took(peer), least=most))
         bars.append([peer.name + (f", {done} of {len(order)} files" if most else ""), size])
     report.table(["what", "bytes", "of the published files", "times what the program stores for the same files", "time", "processor time",
                   "peak memory (anonymous)", "files"], rows)

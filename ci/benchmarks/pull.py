@@ -59,7 +59,7 @@ def pulls(bench, report, work, image):
     # Podman keeps layers of its own in each store, and a tree is one of them over the others.
     def podman():
         store = tree()
-        run = Run([CI / "podman", "--root", store, "--runroot", f"{store}-run", "--storage-driver=overlay", "pull", "--quiet",
+        run = Run(["podman", "--root", store, "--runroot", f"{store}-run", "--storage-driver=overlay", "pull", "--quiet",
                    "--tls-verify=false", image])
         return Cost(run.seconds, run.cpu, run.rss)
 

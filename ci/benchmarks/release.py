@@ -92,7 +92,12 @@ class Bench:
         run = Run([*self.before, self.program, "--progress=plain", "build", "dehydrate", "--arch", self.arch, "--profile", profile,
                    "--workdir", work, *options])
         (work / "said").write_bytes(run.err)
+        (work / "cost.json").write_text(json.dumps({"seconds": run.seconds, "cpu": run.cpu, "rss": run.rss}))
         return run
+
+    def cost(self, profile):
+        """What dehydrating took, when it was done."""
+        return argparse.Namespace(**json.loads((self.work / profile / "cost.json").read_text()))
 
     def image(self, profile):
         """The image, made of what is dehydrated."""
