@@ -48,10 +48,10 @@ def plain(artifact, path):
 
 
 class Peer:
+    """Takes one plain file after the other; begins with no more of them when it has taken so many seconds."""
+
     # Seconds that went into what is no file of its own.
     base = 0
-
-    """Takes one plain file after the other; begins with no more of them when it has taken so many seconds."""
 
     def __init__(self, work):
         self.work = work / "".join(c for c in self.name if c.isalnum())
