@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use oci_spec::image::{
 };
 use serde::Deserialize;
 
-use super::layer::TarLayer;
+use super::layer::{Tar, TarLayer};
 use super::layout::{Destination, Staging, Target};
 use super::sign::{Signing, cosign, cosign_tag, simple_sign};
 use super::{
@@ -580,22 +580,27 @@ fn program_layer(
             let mut zstd = zstd::Encoder::new(out, ZSTD_LEVEL)?;
             // It takes less memory for what is smaller than its window.
             zstd.set_pledged_src_size(Some(tar.len()))?;
-            let mut out = Hasher::new(zstd);
-            tar.write(&mut out).with_context(at)?;
-            let (zstd, plain, _) = out.into_parts();
+            let (zstd, plain) = hashed(&tar, zstd).with_context(at)?;
             zstd.finish()?;
             Ok(plain)
         }),
         Compression::Gzip => staging.blob(MediaType::ImageLayerGzip, |out| {
             // No name and no time in the header, so that only the content decides.
-            let mut out = Hasher::new(GzBuilder::new().write(out, flate2::Compression::best()));
-            tar.write(&mut out).with_context(at)?;
-            let (gzip, plain, _) = out.into_parts();
+            let gzip = GzBuilder::new().write(out, flate2::Compression::best());
+            let (gzip, plain) = hashed(&tar, gzip).with_context(at)?;
             gzip.finish()?;
             Ok(plain)
         }),
     }?;
     Ok((arch, Layer { descriptor, plain, what: format!("rehydrator {}", env!("CARGO_PKG_VERSION")) }))
+}
+
+/// Writes a layer, and gives the writer back with the digest of what went into it.
+fn hashed<W: Write>(tar: &Tar, writer: W) -> Result<(W, Digest)> {
+    let mut out = Hasher::new(writer);
+    tar.write(&mut out)?;
+    let (writer, plain, _) = out.into_parts();
+    Ok((writer, plain))
 }
 
 /// The metadata: everything of the dehydrated directory but the blobs.
