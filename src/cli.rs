@@ -171,7 +171,8 @@ pub struct DehydrateArgs {
     #[arg(long)]
     pub allow_unhandled: bool,
     /// Build on the previous release, a dehydrated directory or an image that --from takes: its live rootfs is kept, and
-    /// this one is a delta over it. The image gets larger by that, but a registry that has the previous one receives little
+    /// this one is a delta over it, without what has stayed the same byte for byte. The image gets larger by that delta.
+    /// It pays only where little was compressed anew
     #[arg(long, value_name = "DIR|IMAGE")]
     pub previous: Option<PathBuf>,
     #[command(flatten)]
