@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Seek};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,7 +66,7 @@ pub struct Options {
 
 /// The zeros that follow a base where deltas are applied: as long as the disks that are made, and stored nowhere.
 /// Longer runs take several copies.
-const ZEROS: u64 = 64 << 30;
+const ZEROS: NonZeroU64 = NonZeroU64::new(64 << 30).expect("not 0");
 
 /// zstd's strongest ordinary level: there are a few MB of literals to a disk.
 const DELTA_LEVEL: i32 = 19;
@@ -218,7 +219,7 @@ impl Job<'_> {
         done: &mut BTreeMap<&'i str, Artifact>,
     ) -> Result<Option<Previous>> {
         let find = |is: &dyn Fn(&Item) -> bool| items.iter().copied().find(|item| is(item));
-        let zeros = push(specs, SourceSpec::Zeros { size: ZEROS });
+        let zeros = push(specs, SourceSpec::Zeros { size: ZEROS.get() });
         let base_item = find(&|i| i.platform == "qemu" && i.file == "disk")
             .or_else(|| find(&|i| i.platform == "metal" && i.is_disk() && !i.format.starts_with("4k.")))
             .or_else(|| find(&|i| i.is_disk()));

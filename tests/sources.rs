@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
 
 use std::io::{self, Write};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -132,10 +133,10 @@ fn rdiff_patch(base: &dyn Source, delta: &[u8]) -> Vec<u8> {
 
 #[test]
 fn deltas() {
-    const ZEROS: u64 = 3 << 20;
+    const ZEROS: NonZeroU64 = NonZeroU64::new(3 << 20).unwrap();
     let base = [noise(6, 5_000_000), vec![0; 2_000_000], noise(7, 1_000_003)].concat();
     let with_zeros: Arc<dyn Source> =
-        Arc::new(Concat::new(vec![Arc::new(base.clone()), Arc::new(Zeros(ZEROS))]).unwrap());
+        Arc::new(Concat::new(vec![Arc::new(base.clone()), Arc::new(Zeros(ZEROS.get()))]).unwrap());
     let scanned = Base::scan(&base, ZEROS).unwrap();
     let index = scanned.index();
 

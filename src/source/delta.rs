@@ -8,6 +8,7 @@
 //! [`Zeros`](super::Zeros) that nobody stores), so that one copy covers a hole of any length.
 
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -249,7 +250,7 @@ pub struct Base<'a> {
 
 impl<'a> Base<'a> {
     /// Hashes the blocks of `source`, which `zeros` zero bytes follow where the delta is applied.
-    pub fn scan(source: &'a dyn Source, zeros: u64) -> io::Result<Self> {
+    pub fn scan(source: &'a dyn Source, zeros: NonZeroU64) -> io::Result<Self> {
         let options = SignatureOptions { block_size: BLOCK as u32, crypto_hash_size: STRONG_HASH };
         let zero_block = Signature::calculate(&[0; BLOCK as usize], options).into_serialized();
         let header = Signature::calculate(&[], options).into_serialized().len();
@@ -284,7 +285,7 @@ impl<'a> Base<'a> {
         }
         let signature = Signature::deserialize(serialized)
             .map_err(|e| io::Error::other(format!("signature of the base: {e}")))?;
-        Ok(Self { source, zeros: len..len + zeros, signature, runs })
+        Ok(Self { source, zeros: len..len + zeros.get(), signature, runs })
     }
 
     /// Looks up blocks in the base; may be used by several threads at once.
