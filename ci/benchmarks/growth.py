@@ -24,7 +24,7 @@ class Series(NamedTuple):
     """One axis: its points, and the release of each."""
 
     name: str
-    unit: str
+    unit: str  # none where the name says it
     points: list  # numbers
     options: Callable  # of a point, for ci/make-stream
 
@@ -43,7 +43,7 @@ def content(bench, report):
 
 def platforms(bench, report):
     content = bench.args.growth
-    axis = Series("platforms", "platforms", COUNTS, lambda n: (content, "1G", ",".join(["live", *ALL[:n]])))
+    axis = Series("platforms", "", COUNTS, lambda n: (content, "1G", ",".join(["live", *ALL[:n]])))
     grow(bench, report, axis, f"{content} MB of content on disks of 1 GB")
 
 
@@ -115,11 +115,11 @@ def grown(report, axis, points):
     for what, (_, unit) in points[axis.points[0]].items():
         line = [(n, points[n][what][0]) for n in axis.points]
         rows.append([what, *(f"{y:.4g} {unit}" for _, y in line), f"{slope(line):.3g} {unit}"])
-    report.table([axis.name, *(f"{n} {axis.unit}" for n in axis.points), f"slope, for each of {axis.unit}"], rows)
+    report.table([axis.name, *(f"{n} {axis.unit}".strip() for n in axis.points), f"slope, for each {axis.unit}".strip()], rows)
     for what in ("dehydrate, time", "rehydrate, qcow2, time", "rehydrate, raw, time"):
         if what in points[axis.points[0]]:
             report.bars(f"{what} in seconds, by {axis.name}", [
-                [f"{n} {axis.unit}", points[n][what][0], f"{points[n][what][0]:.2f}", True] for n in axis.points])
+                [f"{n} {axis.unit}".strip(), points[n][what][0], f"{points[n][what][0]:.2f}", True] for n in axis.points])
 
 
 def zeros(bench, report, points):

@@ -11,11 +11,12 @@ def as_published(bench, report):
     # What other parts left may be without these proofs.
     if bench.data("small").exists() and any("not-published" in artifact for artifact in bench.index("small")["artifacts"]):
         shutil.rmtree(bench.work / "small")
+    proofs = {}
     if run := bench.dehydrate("small"):
+        proofs = dict(re.findall(r"^(.*): prove as published: done, .* in ([\d.]+) s$", (bench.work / "small/said").read_text(), re.M))
         report.say(f"Dehydrating takes {run.seconds:.0f} s, {run.cpu:.0f} s of processor time, and {run.rss / MIB:.0f} MiB of memory (anonymous) "
                    f"when every published file is proven as well.\n")
     index = bench.index("small")
-    proofs = dict(re.findall(r"^(.*): prove as published: done, .* in ([\d.]+) s$", (bench.work / "small/said").read_text(), re.M))
     levels = dict(([""] + level.split("="))[-2:] for level in re.search(r" (\S+) \S+ \S+ \S+://", bench.options)[1].split(","))
     # As ci/stream/platforms.sh has them.
     tools = {".xz": ["xz", "-c{level}", "-T2"], ".tar.gz": ["gzip", "--no-name", "-9", "-c"], ".gz": ["gzip", "-6", "-c"], ".zip": ["zip", "-q", "-9j", "-"]}
@@ -34,9 +35,10 @@ def as_published(bench, report):
         if format_ in ("iso", "pxe"):
             continue
         shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
         which = ["--disk", platform + ("4k" if format_.startswith("4k") else ""), "--data", bench.data("small")]
-        run = Run(bench.rehydrator("rehydrate", out, "--published", *which))
-        verify(home, out, [name])
+        run = Run(bench.rehydrator("rehydrate", "-", "--published", *which), keep=out / name)
+        verify(home, out / name, next(f"{a.path}.sig" for a in bench.artifacts if a.path.name == name))
         tool = next((t for suffix, t in tools.items() if name.endswith(suffix) and name != output), None)
         made = ["", "", ""]
         if tool:
@@ -51,14 +53,21 @@ def as_published(bench, report):
                 if tool[0] != "xz" or level == "9":
                     ratios.setdefault(tool[0], []).append(run.seconds / times[kind])
             made = [" ".join(tool), f"{times[kind]:.1f} s", f"{run.seconds / times[kind]:.2f}"]
-        proof = proofs.get(f"{platform} {format_}" if platform == "metal" else platform)
-        rows.append([name, f"{published['size']:,}", f"{extra:,}", f"{proof} s" if proof else "", f"{run.seconds:.1f} s", f"{run.rss / MIB:.0f} MiB", *made])
+        row = [name, f"{published['size']:,}", f"{extra:,}"]
+        if proofs:
+            proof = proofs.get(f"{platform} {format_}" if platform == "metal" else platform)
+            row.append(f"{proof} s" if proof else "")
+        rows.append([*row, f"{run.seconds:.1f} s", f"{run.bytes / run.seconds / 1e6:.1f} MB/s", f"{run.first:.2f} s", f"{run.rss / MIB:.0f} MiB", *made])
     # The live system is stored as it was published.
     shutil.rmtree(out, ignore_errors=True)
     Run(bench.rehydrator("rehydrate", out, "--published", "--iso", "--pxe", "--data", bench.data("small")))
-    verify(home, out, [a["published"]["name"] for a in index["artifacts"] if a["format"] in ("iso", "pxe")])
+    for artifact in index["artifacts"]:
+        if artifact["format"] in ("iso", "pxe"):
+            path = out / artifact["published"]["name"]
+            verify(home, path, f"{path}.sig")
     shutil.rmtree(out)
-    report.table(["file", "bytes", "side data", "time of the proof", "time", "peak memory (anonymous)", "made with", "its time", "of that"], rows)
+    report.table(["file", "bytes", "side data", *(["time of the proof"] if proofs else []), "time", "rate", "first byte",
+                  "peak memory (anonymous)", "made with", "its time", "of that"], rows)
     report.say(f"`gpg --verify` of each: good. Side data of all: {side:,} bytes, {side / whole:.4%} of the published files. Of files of one format "
                f"and size, the tool made the first again. What has no tool beside it is compressed inside, by the tool that made the image.\n")
     report.promise("Side data, of the published files", side / whole, 0.01)
@@ -66,6 +75,5 @@ def as_published(bench, report):
         report.promise(f"{tool}: the longest, of the time of the tool", max(of), 1.1)
 
 
-def verify(home, out, names):
-    for name in names:
-        Run(["gpg", "--homedir", home, "--batch", "--quiet", "--verify", out / f"{name}.sig", out / name])
+def verify(home, path, signature):
+    Run(["gpg", "--homedir", home, "--batch", "--quiet", "--verify", signature, path])

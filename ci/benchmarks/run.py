@@ -17,13 +17,14 @@ class Failed(Exception):
 
 
 class Run:
-    """A command: its time, processor time, peak of anonymous memory, time to the first byte, and what it printed."""
+    """A command: its time, processor time, peak of anonymous memory, time to the first byte, and the first of what it printed;
+    all of that in the file `keep`, when one is named."""
 
     def __init__(self, command, env=None, keep=None, cwd=None):
         start = time.monotonic()
-        stdout = open(keep, "wb") if keep else subprocess.PIPE
+        kept = open(keep, "wb") if keep else contextlib.nullcontext()
         process = subprocess.Popen(
-            [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+            [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})}, cwd=cwd,
         )
         os.set_blocking(process.stderr.fileno(), False)
@@ -31,23 +32,24 @@ class Run:
         self.first = None
         self.err = self.out = b""
         next_look = 0
-        while True:
-            chunk = None
-            if keep:
-                time.sleep(0.01)
-            elif select.select([process.stdout], [], [], 0.02)[0]:
-                # As a fast reader does: what is measured is the writer.
-                chunk = os.read(process.stdout.fileno(), MIB)
-            now = time.monotonic()
-            if chunk and self.first is None:
-                self.first = now - start
-            self.bytes += len(chunk or b"")
-            self.out = (self.out + (chunk or b""))[:4096]
-            if now >= next_look:
-                self.look(process)
-                next_look = now + 0.02
-            if chunk == b"" or keep and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
+        with kept:
+            while True:
+                chunk = None
+                if select.select([process.stdout], [], [], 0.02)[0]:
+                    # As a fast reader does: what is measured is the writer.
+                    chunk = os.read(process.stdout.fileno(), MIB)
+                now = time.monotonic()
+                if chunk and self.first is None:
+                    self.first = now - start
+                if chunk and keep:
+                    kept.write(chunk)
+                self.bytes += len(chunk or b"")
+                self.out = (self.out + (chunk or b""))[:4096]
+                if now >= next_look:
+                    self.look(process)
+                    next_look = now + 0.02
+                if chunk == b"":
+                    break
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status
         self.seconds = time.monotonic() - start
