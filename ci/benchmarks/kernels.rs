@@ -151,13 +151,14 @@ fn delta(c: &mut Criterion) {
     let ops: Arc<dyn Source> = Arc::new(base.index().diff(&target, Vec::new()).unwrap());
     let with_zeros: Arc<dyn Source> =
         Arc::new(Concat::new(vec![plain.clone(), Arc::new(Zeros(ZEROS.get()))]).unwrap());
-    let mut group = group(c, "delta", target.len() as u64);
-    group.bench_function("hash the blocks of the base", |b| b.iter(|| Base::scan(&*plain, ZEROS).unwrap()));
     let index = base.index();
-    group.bench_function("find", |b| b.iter(|| index.diff(&target, io::sink()).unwrap()));
-    group
-        .bench_function("apply", |b| b.iter(|| read(&Delta::open(ops.clone(), with_zeros.clone()).unwrap())));
-    group.bench_function("peer: copy", |b| {
+    let mut make = group(c, "delta, make", target.len() as u64);
+    make.bench_function("hash the blocks of the base", |b| b.iter(|| Base::scan(&*plain, ZEROS).unwrap()));
+    make.bench_function("find them in the target", |b| b.iter(|| index.diff(&target, io::sink()).unwrap()));
+    make.finish();
+    let mut apply = group(c, "delta, apply", target.len() as u64);
+    apply.bench_function("read", |b| b.iter(|| read(&Delta::open(ops.clone(), with_zeros.clone()).unwrap())));
+    apply.bench_function("peer: copy", |b| {
         b.iter_batched(
             || vec![0; target.len()],
             |mut to| to.copy_from_slice(black_box(&target)),

@@ -71,6 +71,44 @@ impl Params {
 mod encoder {
     use super::{MaybeUninit, Params, bad, c_void, io, lzma, ptr};
 
+    /// The size and alignment of a huge page, where there are such.
+    const HUGE: usize = 2 << 20;
+
+    struct Allocator(lzma::lzma_allocator);
+
+    // SAFETY: two functions that may be called by any thread, and a null pointer.
+    unsafe impl Sync for Allocator {}
+
+    /// The search for matches jumps about in ten times the dictionary, and nearly each step is to a page whose address the
+    /// processor does not have at hand. On huge pages it mostly has, which took 6 to 21 % off the time of preset 9. Where
+    /// the system has none, the pages are as any other.
+    static ALLOCATOR: Allocator = Allocator(lzma::lzma_allocator {
+        alloc: Some(allocate),
+        free: Some(release),
+        opaque: ptr::null_mut(),
+    });
+
+    extern "C" fn allocate(_: *mut c_void, count: usize, size: usize) -> *mut c_void {
+        let Some(len) = count.checked_mul(size) else { return ptr::null_mut() };
+        // SAFETY: the memory advised about is what was just allocated, and the advice leaves what is in it alone.
+        unsafe {
+            if len < HUGE {
+                return libc::malloc(len);
+            }
+            let mut memory = ptr::null_mut();
+            if libc::posix_memalign(&raw mut memory, HUGE, len) != 0 {
+                return ptr::null_mut();
+            }
+            libc::madvise(memory, len, libc::MADV_HUGEPAGE);
+            memory
+        }
+    }
+
+    extern "C" fn release(_: *mut c_void, memory: *mut c_void) {
+        // SAFETY: liblzma gives back what `allocate` gave it, once.
+        unsafe { libc::free(memory) }
+    }
+
     /// Encodes the LZMA2 data of one block after the other.
     pub(in crate::fold) struct Encoder(Box<MaybeUninit<lzma::lzma_stream>>);
 
@@ -81,6 +119,8 @@ mod encoder {
         pub(in crate::fold) fn new(params: &Params) -> io::Result<Self> {
             // Zeroed, as `LZMA_STREAM_INIT` is.
             let mut encoder = Self(Box::new(MaybeUninit::zeroed()));
+            // SAFETY: the stream is zeroed, which is valid. The allocator lives as long as the program.
+            unsafe { (*encoder.0.as_mut_ptr()).allocator = &raw const ALLOCATOR.0 };
             encoder.restart(params)?;
             Ok(encoder)
         }
