@@ -3,6 +3,7 @@
 Sizes are the same each time. Of times it is the processor time that is compared, the least of several runs that take turns
 with the peer's: what else the machine does adds little to that. A ratio that seems to fall is measured again before it counts.
 The instructions that a processor has make one side faster and not the other, so those ratios are kept for each set of them.
+--update writes those of one run; quiet runs scatter by up to an eighth to either side, so of times the lowest of several is to be kept.
 """
 
 import json
