@@ -11,7 +11,8 @@
 //!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
-pub mod bytes;
+pub use engine::{bytes, fold, io, source};
+
 pub mod catalog;
 pub mod cli;
 pub mod copy;
@@ -20,10 +21,8 @@ pub mod digest;
 pub mod download;
 pub mod extract;
 pub mod fetch;
-pub mod fold;
 pub mod http;
 pub mod inspect;
-pub mod io;
 pub mod memory;
 pub mod mirror;
 pub mod oci;
@@ -38,7 +37,6 @@ pub mod rehydrate;
 pub mod report;
 pub mod serve;
 pub mod sink;
-pub mod source;
 pub mod store;
 pub mod stream;
 pub mod transport;

@@ -1,8 +1,6 @@
 //! `build download` against a real server (nginx), against one that does what no real server does on demand, and with
 //! keys and signatures made by the real gpg.
 
-#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, not in what they call")]
-
 use std::collections::HashMap;
 use std::fs;
 use std::net::TcpListener;
@@ -19,10 +17,7 @@ use rehydrator::progress::{Mode, Progress};
 use rehydrator::workdir::{Origin, Workdir};
 use tempfile::TempDir;
 
-#[path = "tools/mod.rs"]
-mod tools;
-
-use tools::{Gpg, LATER, Nginx, Server, THEN, answer, noise, whole};
+use crate::tools::{Gpg, LATER, Nginx, Server, THEN, answer, noise, whole};
 
 fn keys(of: &[&[u8]]) -> Keys {
     let mut keys = Keys::default();

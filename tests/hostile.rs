@@ -2,9 +2,6 @@
 //!
 //! The same seeds start libFuzzer (`ci/fuzz`), which goes on where this stops.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
-#![allow(unreachable_pub, reason = "the targets are public for the other program that includes them")]
-
 #[path = "fuzz/targets.rs"]
 mod targets;
 
@@ -13,7 +10,7 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
@@ -25,6 +22,8 @@ use rehydrator::{fold, source::blob};
 const TIME: Duration = Duration::from_secs(2);
 /// The longest that one input may take; a hundred times what any should.
 const HANG: Duration = Duration::from_secs(20);
+/// The most memory that one input may take, beside what the test had before, in bytes. libFuzzer has a like bound.
+const MEMORY: u64 = 512 << 20;
 /// Tries at least, however slow.
 const TRIES: u64 = 100;
 
@@ -54,11 +53,11 @@ fn made_by(script: &str) -> Vec<Vec<u8>> {
 
 /// A small tree, and a small disk with a partition.
 const TREE: &str = "
-    mkdir -p tree/dir && cp /usr/share/common-licenses/GPL-3 tree/ && head -c 20000 /bin/bash > tree/dir/program
-    for i in 1 2 3 4 5; do echo file $i > tree/dir/$i; done; ln tree/dir/1 tree/link; ln -s GPL-3 tree/symlink
+    mkdir -p tree/dir && help '*' > tree/text && head -c 20000 /bin/bash > tree/dir/program
+    for i in 1 2 3 4 5; do echo file $i > tree/dir/$i; done; ln tree/dir/1 tree/link; ln -s text tree/symlink
     truncate -s 100000 tree/hole
     truncate -s 3M disk; printf 'label: gpt\\nstart=2048, size=1800, type=U, name=EFI-SYSTEM\\n' | sfdisk -q disk
-    truncate -s 900K fat; mkfs.vfat fat > log; mcopy -i fat tree/GPL-3 ::; dd if=fat of=disk bs=512 seek=2048 conv=notrunc status=none";
+    truncate -s 900K fat; mkfs.vfat fat > log; mcopy -i fat tree/text ::; dd if=fat of=disk bs=512 seek=2048 conv=notrunc status=none";
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
@@ -90,12 +89,12 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
         ),
         "peel" => made_by(
             "put() { printf \"$1\" > seed$2; cat >> seed$2; }
-             xz -c tree/GPL-3 | put '\\0' 0; gzip -c tree/GPL-3 | put '\\1' 1
-             zip -9jq x.zip tree/GPL-3; put '\\2' 2 < x.zip; zstd -qc tree/GPL-3 | put '\\3' 3",
+             xz -c tree/text | put '\\0' 0; gzip -c tree/text | put '\\1' 1
+             zip -9jq x.zip tree/text; put '\\2' 2 < x.zip; zstd -qc tree/text | put '\\3' 3",
         ),
         "unfold" => made_by(
             "qemu-img convert -O vmdk -o subformat=streamOptimized disk seed.vmdk; qemu-img convert -c -O qcow2 disk seed.qcow2
-             tar -czf seed.tar.gz tree/GPL-3; tar -cf seed.ova --format=ustar seed.vmdk",
+             tar -czf seed.tar.gz tree/text; tar -cf seed.ova --format=ustar seed.vmdk",
         ),
         "inspect" => made_by(
             "qemu-img convert -O vmdk -o subformat=streamOptimized disk seed.vmdk; qemu-img convert -c -O qcow2 disk seed.qcow2
@@ -204,6 +203,88 @@ impl Random {
     }
 }
 
+/// Says what an input did, and keeps it.
+fn complaint(name: &str, what: &str, did: &str, bytes: &[u8]) -> String {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{name}"));
+    fs::write(&path, bytes).unwrap();
+    format!("{name}: {what}: {did}; the input is in {}", path.display())
+}
+
+/// Memory of this process that is in use, in bytes.
+fn resident() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Looks, while a target works on an input, at how long it takes and how much memory, and ends the process when it is more
+/// than it may be: a target that never returns, or that the kernel kills, would name no input.
+struct Watch(Arc<Mutex<Option<Trial>>>);
+
+/// An input that a target works on.
+struct Trial {
+    start: Instant,
+    what: String,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl Watch {
+    fn new(name: &str, hang: Duration) -> Self {
+        let trial = Arc::new(Mutex::new(None::<Trial>));
+        let (name, before, watched) = (name.to_owned(), resident(), Arc::downgrade(&trial));
+        std::thread::spawn(move || {
+            while let Some(trial) = watched.upgrade() {
+                if let Some(Trial { start, what, bytes }) = &*trial.lock().unwrap() {
+                    let taken = resident().saturating_sub(before);
+                    if start.elapsed() > hang || taken > MEMORY {
+                        let did = format!("took {:?} and {} MiB so far", start.elapsed(), taken >> 20);
+                        eprintln!("{}", complaint(&name, what, &did, bytes));
+                        std::process::exit(1);
+                    }
+                }
+                drop(trial);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        Self(trial)
+    }
+
+    fn begin(&self, what: &str, bytes: &Arc<Vec<u8>>) {
+        let trial = Trial { start: Instant::now(), what: what.to_owned(), bytes: bytes.clone() };
+        *self.0.lock().unwrap() = Some(trial);
+    }
+
+    fn end(&self) {
+        *self.0.lock().unwrap() = None;
+    }
+}
+
+/// That a target without end, and one that takes too much, are found while they run.
+#[test]
+fn the_watch_ends_what_goes_too_far() {
+    let watched = std::env::var("REHYDRATOR_WATCHED");
+    if let Ok(kind) = &watched {
+        let watch = Watch::new("watch", Duration::from_secs(1));
+        watch.begin(kind, &Arc::new(b"the input".to_vec()));
+        let taken = vec![1u8; if kind == "memory" { MEMORY as usize + (64 << 20) } else { 0 }];
+        std::thread::sleep(HANG);
+        panic!("{} bytes, and nobody saw", taken.len());
+    }
+    for kind in ["memory", "time"] {
+        let start = Instant::now();
+        let own = std::env::current_exe().unwrap();
+        let output = Command::new(own)
+            .args(["--exact", "hostile::the_watch_ends_what_goes_too_far", "--nocapture"])
+            .env("REHYDRATOR_WATCHED", kind)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("watch: {kind}: took ")), "{said}");
+        assert!(start.elapsed() < HANG, "{said}");
+    }
+}
+
 /// Tries mutations of the seeds; a failure leaves its input in a file.
 fn attack(name: &str) {
     let (_, target) = targets::TARGETS.iter().find(|(n, _)| *n == name).unwrap();
@@ -215,17 +296,18 @@ fn attack(name: &str) {
             fs::write(dir.join(i.to_string()), seed).unwrap();
         }
     }
-    let try_one = |what: &str, bytes: &[u8]| {
-        let start = Instant::now();
-        let done = catch_unwind(AssertUnwindSafe(|| target(bytes)));
-        if done.is_err() || start.elapsed() > HANG {
-            let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{name}"));
-            fs::write(&path, bytes).unwrap();
-            panic!("{name}: {what}: panicked, or took too long; the input is in {}", path.display());
+    let watch = Watch::new(name, HANG);
+    let try_one = |what: &str, bytes: Vec<u8>| {
+        let bytes = Arc::new(bytes);
+        watch.begin(what, &bytes);
+        let done = catch_unwind(AssertUnwindSafe(|| target(&bytes)));
+        watch.end();
+        if done.is_err() {
+            panic!("{}", complaint(name, what, "panicked", &bytes));
         }
     };
     for (i, seed) in seeds.iter().enumerate() {
-        try_one(&format!("seed {i}"), seed);
+        try_one(&format!("seed {i}"), seed.clone());
     }
     let mut random = Random(0x2545_f491_4f6c_dd1d);
     let start = Instant::now();
@@ -233,7 +315,7 @@ fn attack(name: &str) {
     while n < TRIES || start.elapsed() < TIME {
         let mut bytes = seeds[random.below(seeds.len())].clone();
         random.mutate(&mut bytes);
-        try_one(&format!("mutation {n}"), &bytes);
+        try_one(&format!("mutation {n}"), bytes);
         n += 1;
     }
     eprintln!("{name}: {n} mutations");

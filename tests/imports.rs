@@ -1,8 +1,6 @@
 //! Holds the modules to the direction of the flow: each may import only from itself and from those before it.
 //! Data that flows one way can be followed; a newcomer reads the list from the top.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
-
 use std::fs;
 use std::path::Path;
 
@@ -56,10 +54,14 @@ fn position(module: &str) -> usize {
 fn check(dir: &Path, module: Option<&str>, wrong: &mut Vec<String>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            continue;
+        }
         let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
         let module = module.unwrap_or(&stem);
         if path.is_dir() {
-            check(&path, Some(module), wrong);
+            // The engine is a crate of its own, with modules of its own.
+            check(&path, Some(module).filter(|module| *module != "engine"), wrong);
             continue;
         }
         for line in fs::read_to_string(&path).unwrap().lines().filter(|l| !l.trim_start().starts_with("//")) {

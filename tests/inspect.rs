@@ -3,8 +3,6 @@
 //! A disk laid out as the release tools do it is made once and converted to every format; what is reported is compared
 //! with what the tools say, and the guest's view with what `qemu-img convert` writes.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails panics")]
-
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -12,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 
+use crate::tools::fixture::fixture;
 use rehydrator::inspect::{Format, GuestDisk, Report, inspect};
 use rehydrator::source::{self, Source};
 use serde_json::Value;
@@ -84,12 +83,11 @@ fn place(from: &Path, to: &File, offset: u64) {
     }
 }
 
-/// A directory with `disk.raw` and `disk4k.raw` in it, made anew in each run.
-static DISKS: LazyLock<PathBuf> = LazyLock::new(|| {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("inspect");
-    let _ = fs::remove_dir_all(&path);
-    fs::create_dir_all(&path).unwrap();
-    let dir = path.as_path();
+/// A directory with `disk.raw` and `disk4k.raw` in it, and one of every format made of them.
+static DISKS: LazyLock<PathBuf> =
+    LazyLock::new(|| fixture("inspect", include_str!("inspect.rs"), make_disks));
+
+fn make_disks(dir: &Path) {
     fs::create_dir_all(dir.join("boot/loader.0/entries")).unwrap();
     std::os::unix::fs::symlink("loader.0", dir.join("boot/loader")).unwrap();
     fs::write(
@@ -140,8 +138,7 @@ END
             place(&dir.join(part), &disk, start * MIB);
         }
     }
-    path
-});
+}
 
 /// Converts `from` in the shared directory to `name` beside it, and gives its path.
 fn convert(from: &str, name: &str, options: &[&str]) -> PathBuf {

@@ -1,22 +1,15 @@
 //! The published file itself, made again from what is inside it: the encoders against the tools they stand for.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests too")]
-
-#[path = "release/common.rs"]
-mod common;
-#[path = "tools/small.rs"]
-mod small;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{fails, ok, rehydrator};
+use crate::tools::example::{fails, ok, rehydrator};
+use crate::tools::small::{Random, sh, small_stream, some_file};
 use rehydrator::digest::Digest;
 use rehydrator::fold::{Effort, Map, fold, peel, unfold, wrap};
 use rehydrator::source::{self, File, Source};
-use small::{Random, sh, small_stream, some_file};
 
 /// GNU gzip's bytes at every level: inputs of awkward lengths, from a file and from a pipe that gives little at a time.
 #[test]
@@ -336,8 +329,8 @@ fn published_from_end_to_end() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_rehydrator"));
         command.args(["--progress=plain", "build", "dehydrate", "--workdir"]).arg(dir);
         let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", common::stderr(&output));
-        common::stderr(&output)
+        assert!(output.status.success(), "{}", crate::tools::example::stderr(&output));
+        crate::tools::example::stderr(&output)
     };
     let said = again();
     assert!(!said.contains("prove as published"), "{said}");
@@ -386,7 +379,7 @@ PYTHON
         .arg(dir)
         .output()
         .unwrap();
-    let said = common::stderr(&output);
+    let said = crate::tools::example::stderr(&output);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("a: ") && said.contains("unfolded again, with more effort"), "{said}");
     assert!(!said.contains("stored without unfolding"), "{said}");

@@ -1,7 +1,5 @@
 //! The suite that every source must pass, and what is particular to blobs, deltas and the cluster cache.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
-
 use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::sync::Arc;

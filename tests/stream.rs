@@ -1,8 +1,6 @@
 //! Stream documents: today's shapes parse and lose nothing; names that could do harm are refused; `build init` stores
 //! what it was given.
 
-#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, not in what they call")]
-
 use std::fs;
 
 use rehydrator::catalog::{Catalog, Item};

@@ -1,11 +1,10 @@
 """The inner loops by criterion (kernels.rs), as a table with the rate of each and that of its peer."""
 
 import json
-import re
 import shutil
 
 from .release import CI
-from .run import Run, output
+from .run import Run
 
 PEER = "peer: "
 
@@ -15,10 +14,8 @@ def kernels(bench, report):
     home = bench.work.resolve() / "criterion"
     shutil.rmtree(home, ignore_errors=True)
     # As ci/build has them: the very code of the program is measured.
-    host = re.search(r"^host: (.*)$", output("rustc", "-vV"), re.M)[1]
-    flags = {"RUSTFLAGS": "-C target-feature=+crt-static"}
-    command = ["cargo", "bench", "--quiet", "--locked", "--profile", "dist", "--target", host, "--bench", "kernels", "--", "--noplot"]
-    Run(command, env={"CRITERION_HOME": str(home), "RAYON_NUM_THREADS": "1", **flags}, cwd=CI.parent)
+    command = ["cargo", "run", "--quiet", "--locked", "--profile", "dist", "--package", "rehydrator-benchmarks", "--", "--bench", "--noplot"]
+    Run(command, env={"CRITERION_HOME": str(home), "RAYON_NUM_THREADS": "1"}, cwd=CI.parent)
     groups = {}
     for path in home.glob("**/new/benchmark.json"):
         about, times = json.loads(path.read_text()), json.loads(path.with_name("estimates.json").read_text())

@@ -88,10 +88,14 @@ def best(repeat, *args, **kwargs):
     return run if run.seconds > LONG else min([run, *(Run(*args, **kwargs) for _ in range(repeat - 1))], key=lambda run: run.seconds)
 
 
-def in_turn(repeat, measures, key=lambda run: run.seconds):
-    """The best run of each measure, a function; they take turns, so that what else the machine does meets them all."""
-    runs = [[measure() for measure in measures] for _ in range(repeat)]
-    return [min(column, key=key) for column in zip(*runs)]
+def all_in_turn(repeat, measures):
+    """All runs of each measure, a function; they take turns, so that other load on the machine meets them all."""
+    return list(zip(*([measure() for measure in measures] for _ in range(repeat))))
+
+
+def in_turn(repeat, measures):
+    """The best run of each measure."""
+    return [min(runs, key=lambda run: run.seconds) for runs in all_in_turn(repeat, measures)]
 
 
 def output(*command):

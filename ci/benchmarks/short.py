@@ -1,22 +1,23 @@
 """The short form, for continuous integration: a few ratios to peers that hold still, against those that are committed.
 
-Sizes are the same each time. Of times it is the processor time that is compared, the least of several runs that take turns
-with the peer's: what else the machine does adds little to that. A ratio that seems to fall is measured again before it counts.
-The instructions that a processor has make one side faster and not the other, so those ratios are kept for each set of them.
---update writes those of one run; quiet runs scatter by up to an eighth to either side, so of times the lowest of several is to be kept.
+Sizes are the same each time. Of times it is the processor time that is compared: the median of several runs that take turns
+with those of the peer. A ratio that seems to fall is measured again before it counts, and the median is then over all runs.
+The instructions that a processor has make one side faster and not the other, so the ratios are kept for each set of them; on a
+processor with another set, times are printed and not compared.
 """
 
 import json
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
 from .peers import plain
 from .rehydrate import sha256sum
 from .release import CI, decompress, size_of
-from .run import Failed, Run, in_turn
+from .run import Failed, Run, all_in_turn
 
 COMMITTED = CI / "bench-ratios.json"
 # One of each kind; all of a release would take several times as long, and say no more.
@@ -69,8 +70,9 @@ def part_of(bench):
     return bench.of(release, bench.work)
 
 
-def cpu(run):
-    return run.cpu
+def median(runs):
+    """That of their processor times."""
+    return statistics.median(run.cpu for run in runs)
 
 
 def sizes(bench):
@@ -100,15 +102,15 @@ def holds(found, committed):
 
 def dehydrate(bench, committed):
     """Processor times to decompress all inputs, and of the program, for each profile."""
-    floor = sum(map(cpu, in_turn(3, [lambda a=a: Run(decompress(a.path)) for a in bench.artifacts], key=cpu)))
+    floor = sum(map(median, all_in_turn(ROUNDS, [lambda a=a: Run(decompress(a.path)) for a in bench.artifacts])))
     found = {}
     for profile in bench.args.profile:
-        least = float("inf")
+        runs = []
         for _ in range(ROUNDS):
             shutil.rmtree(bench.work / profile, ignore_errors=True)
             # Making published files again takes longer than all else, and is what tests do.
-            least = min(least, bench.dehydrate(profile, "--skip-published").cpu)
-            of = {f"dehydrate, {profile}: decompressing the inputs": (floor, least)}
+            runs.append(bench.dehydrate(profile, "--skip-published"))
+            of = {f"dehydrate, {profile}: decompressing the inputs": (floor, median(runs))}
             if holds(of, committed):
                 break
         found |= of
@@ -116,7 +118,7 @@ def dehydrate(bench, committed):
 
 
 def rehydrate(bench, committed):
-    """The least processor times of disks to a pipe and of their peers."""
+    """The processor times of disks to a pipe and of their peers."""
     disk = bench.disk("openstack")
     path = plain(disk, bench.work / "plain")
     peers = {"`xz -dc`": ["xz", "-dc", "-T1", disk.path], "`gzip -6` of as much": ["gzip", "-6", "-c", path]}
@@ -129,11 +131,11 @@ def rehydrate(bench, committed):
             raise Failed(f"{profile} {label}: other bytes than the stream metadata names")
         whats[f"rehydrate, {profile}, {kind}: {peer}"] = peer, command
     commands = {**peers, **{what: command for what, (_, command) in whats.items()}}
-    least = dict.fromkeys(commands, float("inf"))
+    runs = {what: [] for what in commands}
     for _ in range(ROUNDS):
-        runs = in_turn(RUNS, [lambda command=command: Run(command) for command in commands.values()], key=cpu)
-        least = {what: min(least[what], run.cpu) for what, run in zip(commands, runs)}
-        found = {what: (least[peer], least[what]) for what, (peer, _) in whats.items()}
+        for of, more in zip(runs.values(), all_in_turn(RUNS, [lambda command=command: Run(command) for command in commands.values()])):
+            of += more
+        found = {what: (median(runs[peer]), median(runs[what])) for what, (peer, _) in whats.items()}
         if holds(found, committed):
             break
     path.unlink()

@@ -34,12 +34,15 @@ usable_files() {
 }
 
 # Takes packages until the size asked for is reached. No single file may take more
-# than a 32nd of it, so that most files are as small as in a real system.
+# than a 32nd of it, so that most files are as small as in a real system. There are at most
+# as many as would fill it with 4 KiB each: tiny files take blocks and inodes, and packages
+# of the host that have thousands of them must not decide whether a disk is large enough.
 select_files() {
     local root=$1 bytes=$2
     package_files "$root" | awk -v budget="$bytes" '
         NR == FNR { type[$3] = $1; size[$3] = $2; next }
         full || !($1 in type) || seen[$1]++ { next }
+        ++paths > budget / 4096 { full = 1; next }
         type[$1] == "l" { print; next }
         size[$1] > budget / 32 { next }
         taken + size[$1] > budget { full = 1; next }

@@ -65,10 +65,13 @@ impl Drop for Mapped {
 /// The file that these bytes are mapped from, and where they are in it.
 pub fn find(bytes: &[u8]) -> Option<(Arc<Mapped>, u64)> {
     let at = bytes.as_ptr().addr();
-    let all = MAPPED.read().unwrap_or_else(PoisonError::into_inner);
-    let (start, mapped) = all.range(..=at).next_back()?;
-    // Who has the bytes holds the mapping, or they are none of it.
-    let mapped = mapped.upgrade()?;
+    let (start, mapped) = {
+        let all = MAPPED.read().unwrap_or_else(PoisonError::into_inner);
+        let (start, mapped) = all.range(..=at).next_back()?;
+        // A live slice keeps its mapping alive: where there is none, the bytes are of no mapping.
+        (*start, mapped.upgrade()?)
+    };
+    // From here on this may be the last owner, whose drop takes the lock: it must not be held any more.
     let offset = at - start;
     (offset + bytes.len() <= mapped.map.len()).then_some((mapped, offset as u64))
 }
@@ -93,5 +96,32 @@ mod tests {
         let start = bytes.as_ptr().addr() - 3;
         drop(bytes);
         assert!(!MAPPED.read().unwrap().contains_key(&start));
+    }
+
+    /// Whoever looks for other bytes may become the last owner of a mapping that its cache evicts meanwhile.
+    #[test]
+    fn finding_while_evicting() {
+        const EVICTIONS: usize = 20_000;
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let evicted = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut file = tempfile::tempfile().unwrap();
+                    file.write_all(b"0123456789").unwrap();
+                    for _ in 0..EVICTIONS {
+                        drop(Mapped::new(file.try_clone().unwrap()).unwrap());
+                    }
+                    evicted.store(true, std::sync::atomic::Ordering::Relaxed);
+                });
+                // The stack is behind all mappings, so that the last of them is looked at.
+                let elsewhere = [0u8; 4];
+                while !evicted.load(std::sync::atomic::Ordering::Relaxed) {
+                    assert!(find(&elsewhere).is_none());
+                }
+            });
+            done.send(()).unwrap();
+        });
+        is_done.recv_timeout(std::time::Duration::from_secs(60)).expect("a thread waits for itself");
     }
 }

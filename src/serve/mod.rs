@@ -130,6 +130,7 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     let router = router
         .with_state(app)
         .merge(options.sysupdate.unwrap_or_default())
+        .layer(axum::middleware::from_fn(one_host))
         .layer(axum::middleware::from_fn_with_state(observer, observe::observe));
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
     let served = runtime.block_on(async {
@@ -142,6 +143,15 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     // What is being made for nobody any more need not be finished.
     runtime.shutdown_background();
     served
+}
+
+/// Refuses a request with more than one `Host` header, as RFC 9112 (section 3.2) demands: this server and a proxy before it
+/// might believe different ones.
+async fn one_host(request: Request<Body>, next: axum::middleware::Next) -> Response<Body> {
+    if request.headers().get_all(header::HOST).iter().nth(1).is_some() {
+        return say(StatusCode::BAD_REQUEST, "more than one Host header");
+    }
+    next.run(request).await
 }
 
 /// Answers a request.

@@ -9,7 +9,7 @@ use rehydrator::mirror::filter::{Filter, Filters};
 use rehydrator::mirror::version::compare;
 use serde_json::Value;
 
-use crate::site::{Site, fails, ok, rehydrator, text};
+use crate::mirror::site::{Site, fails, ok, rehydrator, text};
 
 /// A configuration, and what the program says of it; `""` when it is good.
 fn table() -> Vec<(&'static str, &'static str)> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::site::{Entry, Site, fails, rehydrator, text, tree};
+use crate::mirror::site::{Entry, Site, fails, rehydrator, text, tree};
 use crate::tools::{Nginx, noise, peak};
 
 /// Two versions of a dozen files of 100 KB, so slowly that a run takes about a second.

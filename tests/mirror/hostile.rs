@@ -8,7 +8,7 @@ use rehydrator::mirror::{self, Options};
 use rehydrator::progress::{Mode, Progress};
 use serde_json::{Value, json};
 
-use crate::site::{Site, names};
+use crate::mirror::site::{Site, names};
 use crate::tools::{LATER, Nginx, Server, THEN, answer, noise, whole};
 
 const DIR: &str = "stable/amd64-usr/1.0.0";

@@ -1,10 +1,5 @@
-//! The installers of machines, which no distribution of CI has. By hand, with both on the PATH:
-//!
-//! ```text
-//! cargo install --debug coreos-installer        wants libssl-dev and libzstd-dev
-//! flatcar-install                               bin/flatcar-install of https://github.com/flatcar/init
-//! cargo test --release --test mirror installers -- --ignored
-//! ```
+//! The installers of machines, coreos-installer and flatcar-install, which no distribution of CI has: `ci/deps full` builds
+//! the one and fetches the other.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,9 +8,9 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::serving::Serving;
-use crate::site::{Site, ok, rehydrator, text};
-use crate::streams::{FILES, NEW, name, server, source};
+use crate::mirror::site::{Site, ok, rehydrator, text};
+use crate::mirror::streams::{FILES, NEW, name, server, source};
+use crate::tools::serving::Serving;
 use crate::tools::{Nginx, noise};
 
 /// coreos-installer has Fedora's keys built in, and gives them to `gpg --import`: to one that adds the key of the site.
@@ -38,7 +33,7 @@ fn coreos_installer(site: &Site, path: &str, base: &str) {
     let run = |path: &str, args: &[&str]| {
         let mut command = Command::new("coreos-installer");
         command.args(args).args(["-s", "stable", "--stream-base-url", base]).env("PATH", path);
-        command.output().expect("coreos-installer is needed: cargo install coreos-installer")
+        command.output().expect("coreos-installer is needed: ci/deps full")
     };
     let list = text(&run(path, &["list-stream"]).stdout);
     let out = tempfile::tempdir_in(site.dir.path()).unwrap();
@@ -63,7 +58,6 @@ fn coreos_installer(site: &Site, path: &str, base: &str) {
 }
 
 #[test]
-#[ignore = "wants coreos-installer"]
 fn coreos_installer_reads_a_mirror_and_a_server() {
     let (site, nginx) = server();
     let path = with_our_key(&site);
@@ -84,7 +78,6 @@ fn coreos_installer_reads_a_mirror_and_a_server() {
 }
 
 #[test]
-#[ignore = "wants flatcar-install"]
 fn flatcar_install_reads_a_mirror() {
     let site = Site::new();
     let image = noise(3, 2_000_000);
@@ -99,7 +92,7 @@ fn flatcar_install_reads_a_mirror() {
     let mut command = Command::new("flatcar-install");
     command.args(["-D", "-b", &format!("{}/flatcar/stable", mirror.url), "-k"]);
     let output = command.arg(site.dir.path().join("keys/signer.asc")).current_dir(site.dir.path()).output();
-    let output = output.expect("flatcar-install is needed: github.com/flatcar/init");
+    let output = output.expect("flatcar-install is needed: ci/deps full");
     let said = text(&output.stderr);
     assert!(output.status.success() && said.contains("Good signature"), "{said}");
     assert!(fs::read(Path::new(site.dir.path()).join(file)).unwrap() == image);

@@ -11,7 +11,7 @@ use rehydrator::mirror::release;
 use rehydrator::stream::Stream;
 use serde_json::{Map, Value, json};
 
-use crate::site::{Entry, Site, names, ok, rehydrator, text};
+use crate::mirror::site::{Entry, Site, names, ok, rehydrator, text};
 use crate::tools::{Nginx, noise};
 
 pub(crate) const NEW: &str = "44.20260707.3.1";

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::site::{Entry, Site, fails, names, ok, rehydrator};
+use crate::mirror::site::{Entry, Site, fails, names, ok, rehydrator};
 use crate::tools::{Nginx, noise};
 
 /// The configuration in the README of oppositus, to the letter.

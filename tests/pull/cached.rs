@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
 
-use crate::common::{fails, ok, rehydrator, stderr, tool};
-use crate::layers::{Layer, Tar, assert_same, layout, pull, tree};
-use crate::registry::{Registry, noise};
+use crate::pull::layers::{Layer, Tar, assert_same, layout, pull, tree};
+use crate::tools::example::{fails, ok, rehydrator, stderr, tool};
+use crate::tools::registry::{Registry, noise};
 
 /// A registry with images `one` and `two`, which share layers.
 struct Fixture {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use rehydrator::digest::Digest;
 
-use crate::common::{fails, ok};
-use crate::layers::{Layer, Tar, assert_same, gzip, layout, pull, tree};
+use crate::pull::layers::{Layer, Tar, assert_same, gzip, layout, pull, tree};
+use crate::tools::example::{fails, ok};
 
 /// Where a hostile image is unpacked, with something beside it that is worth attacking.
 struct Arena {

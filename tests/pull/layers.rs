@@ -11,7 +11,7 @@ use std::process::Command;
 use rehydrator::digest::Digest;
 use serde_json::{Value, json};
 
-use crate::common::{ok, rehydrator};
+use crate::tools::example::{ok, rehydrator};
 
 /// A tar stream that takes anything for a name.
 #[derive(Clone, Default)]
@@ -226,7 +226,8 @@ pub(crate) fn rooted(test: &str) -> bool {
         return true;
     }
     let own = std::env::current_exe().unwrap();
-    ok(Command::new("podman").arg("unshare").arg(own).args([test, "--exact", "--nocapture"]));
+    let said = ok(Command::new("podman").arg("unshare").arg(own).args([test, "--exact", "--nocapture"]));
+    assert!(String::from_utf8_lossy(&said).contains("1 passed"), "there is no test {test}");
     false
 }
 

@@ -8,10 +8,10 @@ use std::process::Command;
 use rehydrator::digest::Digest;
 use serde_json::{Value, json};
 
-use crate::common::{fails, ok, rehydrator, tool};
-use crate::layers::{Layer, Tar, layout};
-use crate::registry::{Registry, noise};
-use crate::server::{Reply, Server};
+use crate::pull::layers::{Layer, Tar, layout};
+use crate::tools::example::{fails, ok, rehydrator, tool};
+use crate::tools::registry::{Registry, noise};
+use crate::tools::server::{Reply, Server};
 
 fn mirror(args: &[&str]) -> Command {
     let mut command = rehydrator();

@@ -11,8 +11,8 @@ use std::process::Command;
 
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat};
 
-use crate::common::{ok, rehydrator, stderr, tool};
-use crate::layers::{Layer, Tar, assert_same, gzip, layout, may_mknod, pull, rooted, tree, xattrs};
+use crate::pull::layers::{Layer, Tar, assert_same, gzip, layout, may_mknod, pull, rooted, tree, xattrs};
+use crate::tools::example::{ok, rehydrator, stderr, tool};
 
 /// `cap_dac_override,cap_fowner,cap_net_raw=ep`: the first two make a byte that is a newline.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0x0A, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -227,7 +227,7 @@ fn pull_and_compare(storage: &Storage, name: &str) -> BTreeMap<Vec<u8>, String> 
 
 #[test]
 fn a_debian_of_debootstrap() {
-    if !rooted("trees::a_debian_of_debootstrap") {
+    if !rooted("pull::trees::a_debian_of_debootstrap") {
         return;
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -245,7 +245,7 @@ fn a_debian_of_debootstrap() {
 
 #[test]
 fn trees_are_those_of_umoci_and_podman() {
-    if !rooted("trees::trees_are_those_of_umoci_and_podman") {
+    if !rooted("pull::trees::trees_are_those_of_umoci_and_podman") {
         return;
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -284,9 +284,10 @@ fn trees_are_those_of_umoci_and_podman() {
         ok(tool("rm").arg("-r").arg(at("other")));
     }
 
-    let said = crate::common::fails(&mut pull(&format!("oci:{}", at("layout").display()), &at("none")));
+    let said =
+        crate::tools::example::fails(&mut pull(&format!("oci:{}", at("layout").display()), &at("none")));
     assert!(said.contains("there are: gzip, zstd: several images: one must be named"), "{said}");
-    let said = crate::common::fails(&mut pull(
+    let said = crate::tools::example::fails(&mut pull(
         &format!("docker-archive:{}:x", at("docker.tar").display()),
         &at("none"),
     ));
@@ -481,7 +482,7 @@ fn platforms() {
     let at = |name: &str| dir.path().join(name);
     let image = layout(&at("image"), &[Layer::gzip(&Tar::default().file("f", "x").end())]);
     ok(pull(&image, &at("out")).args(["--arch", "x86_64"]));
-    let said = crate::common::fails(pull(&image, &at("none")).args(["--arch", "s390x"]));
+    let said = crate::tools::example::fails(pull(&image, &at("none")).args(["--arch", "s390x"]));
     assert!(said.contains("no image for linux/s390x; it is one for linux/amd64"), "{said}");
     // The same as an index of two.
     let index: serde_json::Value =
@@ -501,7 +502,7 @@ fn platforms() {
     fs::write(at("image/blobs/sha256").join(digest.to_string()), &list).unwrap();
     let index = serde_json::json!({ "schemaVersion": 2, "manifests": [{ "mediaType": "application/vnd.oci.image.index.v1+json", "digest": digest.oci(), "size": list.len() }] });
     fs::write(at("image/index.json"), index.to_string()).unwrap();
-    let said = crate::common::fails(pull(&image, &at("none")).args(["--arch", "amd64"]));
+    let said = crate::tools::example::fails(pull(&image, &at("none")).args(["--arch", "amd64"]));
     assert!(said.contains("no image for linux/amd64; there are: linux/arm/v7, linux/s390x"), "{said}");
     ok(pull(&image, &at("arm")).args(["--arch", "arm", "--variant", "v7"]));
     let mut help = rehydrator();

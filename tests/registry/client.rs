@@ -11,9 +11,9 @@ use rehydrator::digest::Digest;
 use rehydrator::registry::{Client, Credentials, Manifest, Options, Pushed, Reference, not_found};
 use serde_json::json;
 
-use crate::common::{GOOGLE_KEY, PROGRAM, Registry, fails, insecure, noise, run, temp};
-use crate::server::{Cut, Proxy, Reply, Server};
 use crate::tools::Nginx;
+use crate::tools::registry::{GOOGLE_KEY, PROGRAM, Registry, fails, insecure, noise, run, temp};
+use crate::tools::server::{Cut, Proxy, Reply, Server};
 
 fn read(mut reader: impl Read) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

@@ -7,12 +7,12 @@ use rehydrator::digest::Digest;
 use rehydrator::recipe::{Blob, SourceSpec};
 use serde_json::{Value, json};
 
-use crate::common::{PROGRAM, Registry, fails, noise, run, temp};
-use crate::image::{Podman, Release, stub_for};
-use crate::release::{artifact, blob_of, write};
-use crate::server::{Cut, Proxy};
+use crate::registry::image::{Podman, RUNS, Release};
+use crate::registry::trust::openpgp;
 use crate::tools::peak;
-use crate::trust::openpgp;
+use crate::tools::registry::{PROGRAM, Registry, fails, noise, run, temp};
+use crate::tools::release::{artifact, blob_of, stub_for, write};
+use crate::tools::server::{Cut, Proxy};
 
 /// What images call the architecture of this machine, and what they call another.
 fn here_and_elsewhere() -> (&'static str, &'static str) {
@@ -35,7 +35,7 @@ fn data_and_programs_for_several_architectures() {
     let build = [PROGRAM, "build", "image", "--workdir", &release.text(""), "-o", &there];
     let e = fails(&[&build[..], &["--binary", &wrong]].concat());
     assert!(e.contains(&format!("program {PROGRAM}: it is for {here}, not for s390x")), "{e}");
-    release.build(&there, &[&programs[..], &["--tls-verify=false", "--sign-key", &secret]].concat());
+    release.build(&there, &[&programs[..], &["--tls-verify=false", "--sign-key", &secret, RUNS[2]]].concat());
 
     // Where it is.
     let from = ["--tls-verify=false", "--from", &there];

@@ -7,9 +7,9 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::json;
 
-use crate::common::{PROGRAM, Registry, run};
-use crate::image::{Podman, Release, skopeo, tagged};
-use crate::trust::openpgp;
+use crate::registry::image::{Podman, Release, skopeo, tagged};
+use crate::registry::trust::openpgp;
+use crate::tools::registry::{PROGRAM, Registry, run};
 
 /// Runs this program where skopeo finds its files in `home`, and is found itself in `path`.
 fn ours(home: &Path, path: &str, words: &[&str]) -> Output {

@@ -6,8 +6,8 @@ use std::path::Path;
 use rehydrator::digest::Digest;
 use serde_json::Value;
 
-use crate::common::{PROGRAM, Registry, fails, run};
-use crate::image::{Release, flip, refs, tagged};
+use crate::registry::image::{Release, flip, refs, tagged};
+use crate::tools::registry::{PROGRAM, Registry, fails, run};
 
 /// A key of openssl's: the files of the secret and of the public one.
 fn key(release: &Release, name: &str) -> (String, String) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rehydrator::digest::Digest;
 use serde_json::Value;
 
-use crate::common::{ok, rehydrator, release, sha256sum, tool};
+use crate::tools::example::{ok, rehydrator, release, sha256sum, tool};
 
 #[test]
 fn a_container_gives_the_same_bytes() {

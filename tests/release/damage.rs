@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::common::{self, Workdir, example, fails, ok, rehydrator, release, sha256sum, tool};
+use crate::tools::example::{self, Workdir, example, fails, ok, rehydrator, release, sha256sum, tool};
 use serde_json::Value;
 
 /// A copy of the release's dehydrated directory whose files are linked until they are changed.
@@ -213,8 +213,8 @@ fn a_full_disk() {
         data = workdir.data().display()
     );
     let output = tool("unshare").args(["-rm", "sh", "-c", &script]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "code 1\n", "{}", common::stderr(&output));
-    assert!(common::stderr(&output).contains("No space left on device"), "{}", common::stderr(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "code 1\n", "{}", example::stderr(&output));
+    assert!(example::stderr(&output).contains("No space left on device"), "{}", example::stderr(&output));
 }
 
 /// Starts `command`, kills it after `delay`, and says whether it was still running.
@@ -289,5 +289,5 @@ fn stdout_that_nobody_reads() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(common::stderr(&output), "");
+    assert_eq!(example::stderr(&output), "");
 }

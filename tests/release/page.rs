@@ -3,9 +3,9 @@
 
 use std::path::Path;
 
-use crate::common::{ok, release, tool};
-use crate::serve::Serve;
-use crate::small::sh;
+use crate::tools::example::{ok, release, tool};
+use crate::tools::serve::Serve;
+use crate::tools::small::sh;
 
 #[test]
 fn the_page_in_a_browser() {

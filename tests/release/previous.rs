@@ -4,8 +4,8 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::common::{Workdir, example, ok, rehydrator, sha256sum, tool};
-use crate::small::sh;
+use crate::tools::example::{Workdir, example, ok, rehydrator, sha256sum, tool};
+use crate::tools::small::sh;
 
 /// The live PXE set and one disk of the example; in the live rootfs there is `extra` besides.
 fn release(extra: &str) -> Workdir {

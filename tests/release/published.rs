@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::{Workdir, example, ok, release, tool};
+use crate::tools::example::{Workdir, example, ok, release, tool};
 
 /// Checks that the signature beside `path` is a good one of the file, with the key of the release.
 fn gpg_verifies(example: &Path, path: &Path) {

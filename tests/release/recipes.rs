@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::{ok, rehydrator, sha256sum, tool};
-use crate::registry::{PROGRAM, Registry};
-use crate::small::{sh, small_stream};
 use crate::tools::Nginx;
+use crate::tools::example::{ok, rehydrator, sha256sum, tool};
+use crate::tools::registry::{PROGRAM, Registry};
+use crate::tools::small::{sh, small_stream};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::common::{ok, release, testing, tool};
-use crate::registry::{Registry, run};
-use crate::serve::{Serve, files, ranges};
-use crate::small::{Random, sh};
+use crate::tools::example::{ok, release, testing, tool};
+use crate::tools::registry::{Registry, run};
+use crate::tools::serve::{Serve, files, ranges};
+use crate::tools::small::{Random, sh};
 
 #[test]
 fn sixty_four_disks_at_the_same_time() {
@@ -61,7 +61,7 @@ fn out_of_a_registry_and_a_layout() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let registry = Registry::plain(dir.path());
     let layout = format!("oci:{}", dir.path().join("image").display());
-    ok(crate::common::rehydrator()
+    ok(crate::tools::example::rehydrator()
         .args(["build", "image", "-o", &layout, "--workdir"])
         .arg(release().dir.path()));
     let remote = format!("docker://{}", registry.reference("coreos/stable:44"));

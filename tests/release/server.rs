@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::common::{example, ok, rehydrator, sha256sum};
 use crate::tools::Nginx;
+use crate::tools::example::{example, ok, rehydrator, sha256sum};
 
 /// Of the release, what shows each way an artifact goes, in little time.
 const PLATFORMS: [&str; 3] = ["metal", "openstack", "vmware"];
@@ -95,5 +95,5 @@ fn build_run_from_a_server() {
 /// `umoci unpack`.
 fn unpack(image: &Path, root: &Path) {
     let image = format!("{}:now", image.display());
-    ok(crate::common::tool("umoci").args(["unpack", "--image", &image]).arg(root));
+    ok(crate::tools::example::tool("umoci").args(["unpack", "--image", &image]).arg(root));
 }

@@ -3,10 +3,10 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::common::{ok, tool};
-use crate::serve::Serve;
-use crate::small::sh;
-use crate::{live_files, releases, write_live};
+use crate::serve::{live_files, releases, write_live};
+use crate::tools::example::{ok, tool};
+use crate::tools::serve::Serve;
+use crate::tools::small::sh;
 
 #[test]
 fn boots_over_the_network() {
@@ -14,7 +14,7 @@ fn boots_over_the_network() {
     let configs = tempfile::tempdir().unwrap();
     fs::write(configs.path().join("a.ign"), "{}").unwrap();
     symlink("/etc/passwd", configs.path().join("b.ign")).unwrap();
-    let serve = Serve::start(&[live, disks], &["--ignition", configs.path().to_str().unwrap()]);
+    let serve = Serve::start(&[&live, &disks], &["--ignition", configs.path().to_str().unwrap()]);
     let script = serve.text("/boot.ipxe?ignition=http://h/${mac:hexhyp}.ign");
     assert!(
         script.starts_with("#!ipxe\n") && script.contains("ignition.config.url=http://h/${mac:hexhyp}.ign")

@@ -10,13 +10,13 @@ use std::time::Duration;
 use rehydrator::digest::Digest;
 use serde_json::Value;
 
-use crate::releases;
-use crate::serve::{Serve, files};
+use crate::serve::releases;
+use crate::tools::serve::{Serve, files};
 
 #[test]
 fn slow_clients_and_many() {
     let (disks, live) = releases();
-    let serve = Serve::start(&[disks, live], &["--timeout", "5s", "--memory", "256M"]);
+    let serve = Serve::start(&[&disks, &live], &["--timeout", "5s", "--memory", "256M"]);
     // Who never finishes a request does not keep others from theirs, and is thrown out.
     let slow: Vec<TcpStream> = (0..500)
         .map(|_| {

@@ -10,9 +10,9 @@ use rehydrator::digest::Digest;
 use rehydrator::registry::{Client, Manifest, Reference};
 use serde_json::{Value, json};
 
-use crate::registry::run;
-use crate::serving::Serving;
 use crate::tools::Gpg;
+use crate::tools::registry::run;
+use crate::tools::serving::Serving;
 
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";

@@ -9,8 +9,8 @@ use rehydrator::openpgp::Keys;
 use rehydrator::registry::Client;
 use serde_json::json;
 
-use crate::common::{Serve, TAR, document, key, manifest, push, tar_gz};
-use crate::registry::{Registry, insecure, noise, run, temp};
+use crate::sysupdate::common::{Serve, TAR, document, key, manifest, push, tar_gz};
+use crate::tools::registry::{Registry, insecure, noise, run, temp};
 
 /// A server over a registry, which is reached without TLS and passwords.
 fn serve(registry: &Registry, more: &[&str]) -> (Client, Serve) {

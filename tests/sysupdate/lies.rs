@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use rehydrator::digest::Digest;
 use serde_json::{Value, json};
 
-use crate::common::{MANIFEST, Serve, System, TAR, TITLE, key};
-use crate::registry::{noise, temp};
-use crate::server::{Reply, Request, Server};
+use crate::sysupdate::common::{MANIFEST, Serve, System, TAR, TITLE, key};
+use crate::tools::registry::{noise, temp};
+use crate::tools::server::{Reply, Request, Server};
 
 /// What a registry says a layer is, and what it gives.
 struct Layer {

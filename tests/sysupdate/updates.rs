@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use crate::common::{Serve, System, TAR, key, push, push_index, tar_gz};
-use crate::registry::{Registry, noise, temp};
+use crate::sysupdate::common::{Serve, System, TAR, key, push, push_index, tar_gz};
 use crate::tools::Gpg;
+use crate::tools::registry::{Registry, noise, temp};
 
 #[test]
 fn sysupdate_keeps_files_and_trees_up_to_date() {

@@ -1,7 +1,14 @@
-//! What more than one test program needs: gpg in a home of its own, nginx over a directory, and a server that does what
-//! no real server does on demand.
+//! What several areas of tests share: gpg in a home of its own, nginx over a directory, and a server that does what no
+//! real server does on demand; and, in files of their own, the program, releases and registries.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
+pub mod example;
+pub mod fixture;
+pub mod registry;
+pub mod release;
+pub mod serve;
+pub mod server;
+pub mod serving;
+pub mod small;
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,7 +1,5 @@
 //! `rehydrator serve` as curl sees it, and what each of its files must stand.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
-
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
@@ -11,8 +9,8 @@ use rehydrator::digest::Digest;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::serving::Serving;
-use crate::small::{Random, sh};
+use crate::tools::serving::Serving;
+use crate::tools::small::{Random, sh};
 
 /// The program as it serves.
 pub struct Serve {

@@ -1,7 +1,5 @@
 //! The program as it serves.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
-
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};

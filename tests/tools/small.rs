@@ -1,7 +1,5 @@
 //! Small inputs with a bit of everything, and a release of four artifacts made of them with the real tools.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;

@@ -1,50 +1,35 @@
 //! `serve` as clients use it: curl and gpg for the files of a release, browsers, iPXE, monitors; and as the network treats it.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
-
 mod boot;
-#[path = "../release/common.rs"]
-mod common;
 mod load;
-#[path = "../tools/release.rs"]
-mod release;
-#[path = "../tools/serve.rs"]
-mod serve;
-#[path = "../tools/serving.rs"]
-mod serving;
-#[path = "../tools/small.rs"]
-mod small;
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use common::{ok, rehydrator};
+use crate::tools::example::{ok, rehydrator};
+use crate::tools::fixture::fixture;
+use crate::tools::release;
+use crate::tools::serve::{Serve, files, ranges};
+use crate::tools::small::{Random, sh, small_stream};
 use rehydrator::digest::Digest;
 use rehydrator::recipe::{Index, SourceSpec, Tier};
 use serde_json::{Value, json};
-use serve::{Serve, files, ranges};
-use small::{Random, sh, small_stream};
-use tempfile::TempDir;
 
 /// A release of four disks, three of which come back as published; and one of which there is only the live system. Made
 /// once for all tests.
-fn releases() -> &'static (PathBuf, PathBuf) {
-    static RELEASES: OnceLock<(TempDir, TempDir, (PathBuf, PathBuf))> = OnceLock::new();
-    let (_, _, dirs) = RELEASES.get_or_init(|| {
-        let disks = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        small_stream(disks.path());
-        ok(rehydrator().args(["build", "dehydrate", "--workdir"]).arg(disks.path()));
-        let live = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        write_live(live.path(), &live_files());
-        let dirs = (disks.path().join("dehydrated"), live.path().to_owned());
-        (disks, live, dirs)
+fn releases() -> (PathBuf, PathBuf) {
+    let dir = fixture("serve", "", |dir| {
+        let [disks, live] = ["disks", "live"].map(|name| dir.join(name));
+        fs::create_dir(&disks).unwrap();
+        small_stream(&disks);
+        ok(rehydrator().args(["build", "dehydrate", "--workdir"]).arg(&disks));
+        write_live(&live, &live_files());
     });
-    dirs
+    (dir.join("disks/dehydrated"), dir.join("live"))
 }
 
 /// Kernel, initramfs, rootfs and ISO of a live system.
@@ -80,7 +65,7 @@ fn write_live(dir: &Path, blobs: &[Vec<u8>; 4]) {
 /// Both of them, served.
 fn both() -> Serve {
     let (disks, live) = releases();
-    Serve::start(&[disks, live], &[])
+    Serve::start(&[&disks, &live], &[])
 }
 
 #[test]
@@ -88,8 +73,8 @@ fn files_of_a_release() {
     let serve = both();
     let (disks, live) = releases();
     let original = |dir: &Path| fs::read(dir.join("stream.json")).unwrap();
-    assert_eq!(serve.get("/streams/test.json?original"), original(disks));
-    assert_eq!(serve.get("/streams/stable.json?original"), original(live));
+    assert_eq!(serve.get("/streams/test.json?original"), original(&disks));
+    assert_eq!(serve.get("/streams/stable.json?original"), original(&live));
     let index = |dir: &Path| Index::from_json(&fs::read(dir.join("index.json")).unwrap()).unwrap();
     let mut random = Random(9);
     let dir = tempfile::tempdir().unwrap();
@@ -109,7 +94,7 @@ fn files_of_a_release() {
         }
     }
     // Every output under its own name, also where the published file does not come back.
-    for artifact in index(disks).artifacts {
+    for artifact in index(&disks).artifacts {
         let path = format!("/prod/streams/test/builds/1/x86_64/{}", artifact.output.name);
         let bytes = serve.get(&path);
         assert_eq!(release::blob_of(&bytes), artifact.output.blob, "{path}");
@@ -287,6 +272,10 @@ fn hostile_requests() {
         let shown = || String::from_utf8_lossy(&request[..request.len().min(200)]).into_owned();
         assert!(!code.starts_with('5') || code == "505", "{answer}: {}", shown());
     }
+    for hosts in ["Host: h\r\nHost: h", "Host: a\r\nHost: b", "Host: a\r\nX: y\r\nhost:"] {
+        let answer = raw(&serve, format!("GET /boot.ipxe HTTP/1.1\r\n{hosts}\r\n\r\n").as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{hosts}: {answer}");
+    }
     // As curl sends them, which refuses blanks.
     for path in paths.iter().filter(|path| !path.contains(' ')) {
         let (code, _) = serve.head(&[path]);
@@ -314,7 +303,7 @@ fn tls_sockets_and_the_end() {
     let (cert, key, socket) = (text("cert.pem"), text("key.pem"), text("socket"));
     let listen = format!("--listen=unix:{socket}");
     let args = ["--tls-cert", &cert, "--tls-key", &key, &listen];
-    let mut serve = Serve::start(&[disks, live], &args);
+    let mut serve = Serve::start(&[&disks, &live], &args);
     let with = |ca: &str| serve.curl(&["--cacert", &text(ca), "--http2", "/healthz"]).status.success();
     assert!(with("one.pem"));
     make("two");

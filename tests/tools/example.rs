@@ -1,13 +1,13 @@
 //! The example release, made once by `ci/make-stream`, and the program under test.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and includes it as a module")]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use serde_json::Value;
+
+use crate::tools::fixture::fixture;
 
 /// The program under test.
 pub fn rehydrator() -> Command {
@@ -60,29 +60,47 @@ pub fn example(name: &str, options: &[&str]) -> PathBuf {
 /// A release in a working directory, downloaded so to speak.
 pub struct Workdir {
     pub example: PathBuf,
-    pub dir: tempfile::TempDir,
+    pub dir: Place,
     pub stream: Value,
+}
+
+/// Where a working directory is.
+pub enum Place {
+    /// Of one test, removed with it.
+    Own(tempfile::TempDir),
+    /// Of all tests, which change nothing in it.
+    Shared(PathBuf),
+}
+
+impl Place {
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Own(dir) => dir.path(),
+            Self::Shared(dir) => dir,
+        }
+    }
 }
 
 impl Workdir {
     /// Links the files of the release `example` into a new working directory.
     pub fn new(example: &Path) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        ok(rehydrator()
-            .args(["build", "init", "--stream-file"])
-            .arg(example.join("stream.json"))
-            .arg("--workdir")
-            .arg(dir.path()));
-        let artifacts = dir.path().join("artifacts");
-        fs::create_dir_all(&artifacts).unwrap();
-        for version in fs::read_dir(example.join("builds")).unwrap() {
-            for arch in fs::read_dir(version.unwrap().path()).unwrap() {
-                for file in fs::read_dir(arch.unwrap().path()).unwrap() {
-                    let file = file.unwrap();
-                    fs::hard_link(file.path(), artifacts.join(file.file_name())).unwrap();
-                }
-            }
-        }
+        link_release(example, dir.path());
+        Self::at(example, Place::Own(dir))
+    }
+
+    /// The release that `ci/make-stream` makes with `options`, dehydrated in a directory that all tests share.
+    pub fn shared(name: &str, options: &[&str]) -> Self {
+        let example = example(name, options);
+        let dir = fixture(&format!("dehydrated-{name}"), &options.join(" "), |dir| {
+            link_release(&example, dir);
+            let mut dehydrate = rehydrator();
+            ok(dehydrate.args(["build", "dehydrate", "--workdir"]).arg(dir));
+        });
+        Self::at(&example, Place::Shared(dir))
+    }
+
+    fn at(example: &Path, dir: Place) -> Self {
         let stream = serde_json::from_slice(&fs::read(example.join("stream.json")).unwrap()).unwrap();
         Self { example: example.to_owned(), dir, stream }
     }
@@ -139,6 +157,26 @@ impl Workdir {
     }
 }
 
+/// Makes `dir` what it is after `build init` and `build download` of the release `example`.
+fn link_release(example: &Path, dir: &Path) {
+    let mut init = rehydrator();
+    ok(init
+        .args(["build", "init", "--stream-file"])
+        .arg(example.join("stream.json"))
+        .arg("--workdir")
+        .arg(dir));
+    let artifacts = dir.join("artifacts");
+    fs::create_dir_all(&artifacts).unwrap();
+    for version in fs::read_dir(example.join("builds")).unwrap() {
+        for arch in fs::read_dir(version.unwrap().path()).unwrap() {
+            for file in fs::read_dir(arch.unwrap().path()).unwrap() {
+                let file = file.unwrap();
+                fs::hard_link(file.path(), artifacts.join(file.file_name())).unwrap();
+            }
+        }
+    }
+}
+
 /// What the stream metadata says of an artifact.
 #[derive(Debug)]
 pub struct Expected {
@@ -176,20 +214,13 @@ pub fn sha256sum(path: &Path) -> String {
 /// The test release: all platforms of x86_64, and those of ppc64le.
 pub fn release() -> &'static Workdir {
     static RELEASE: OnceLock<Workdir> = OnceLock::new();
-    RELEASE.get_or_init(|| {
-        let workdir = Workdir::new(&example("release", &["--arch", "x86_64", "--arch", "ppc64le"]));
-        workdir.dehydrate(&[]);
-        workdir
-    })
+    RELEASE.get_or_init(|| Workdir::shared("release", &["--arch", "x86_64", "--arch", "ppc64le"]))
 }
 
 /// A release of the stream `testing`, of a few platforms and `more`, with a live rootfs of this kind.
 pub fn with_squashfs(kind: &str, more: &str) -> Workdir {
     let platforms = format!("live,metal,qemu,aws{more}");
-    let options = ["--rootfs", kind, "--stream", "testing", "--platforms", &platforms];
-    let workdir = Workdir::new(&example(kind, &options));
-    workdir.dehydrate(&[]);
-    workdir
+    Workdir::shared(kind, &["--rootfs", kind, "--stream", "testing", "--platforms", &platforms])
 }
 
 /// One of them, with zstd, and so many disks that there are 64 with those of the other release, published and plain.

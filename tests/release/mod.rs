@@ -1,35 +1,23 @@
 //! The main job on a release made by the release tools: every artifact comes back with the digest that the stream
 //! metadata names, in both profiles, from EROFS and from squashfs, to stdout, as tar and into a directory.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "that is how a test fails")]
-
-mod common;
 mod container;
 mod damage;
 mod page;
 mod previous;
 mod published;
 mod recipes;
-#[allow(dead_code, unreachable_pub, reason = "a module of several tests, each of which uses a part")]
-#[path = "../registry/common.rs"]
-mod registry;
-#[path = "../tools/serve.rs"]
-mod serve;
 mod served;
 mod server;
-#[path = "../tools/serving.rs"]
-mod serving;
-#[path = "../tools/small.rs"]
-mod small;
-#[path = "../tools/mod.rs"]
-mod tools;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{Workdir, example, fails, ok, rehydrator, release, sha256sum, testing, tool, with_squashfs};
+use crate::tools::example::{
+    Workdir, example, fails, ok, rehydrator, release, sha256sum, testing, tool, with_squashfs,
+};
 
 const STDOUT: &str = "-";
 
