@@ -1,5 +1,7 @@
 //! The command line: clap types only. Help text is documentation; shell completions and man pages come from here.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts say FILE[:TAG], which is no link")]
+
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -4,7 +4,7 @@
 //! rehydrated without the layers it does not need. The layer of the metadata is fetched whole and checked by its digest, so
 //! that the index is the one that the manifest, and so a signature, covers. A blob is fetched when it is first opened, as
 //! a range of its layer, and checked by its name before anything is read of it. What was fetched is kept as long as there
-//! is room for it, see [`super::kept`]; what is small in memory.
+//! is room for it, see `kept.rs`; what is small in memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Write};

@@ -27,7 +27,7 @@ pub struct Writer {
     _lock: File,
 }
 
-/// A file that is being written; it is nowhere until [`BlobWriter::keep`].
+/// A file that is being written; it is nowhere until [`Writer::keep`].
 pub type BlobWriter = Hasher<tempfile::NamedTempFile>;
 
 impl Writer {

@@ -1,7 +1,7 @@
 //! Deflate as GNU gzip makes it, byte for byte, at levels 1 to 9.
 //!
 //! gzip and zlib search for matches in the same way, but zlib cannot make what gzip makes: gzip has longer blocks than
-//! zlib with the same hash table, and ends a block early when that seems to pay ([`Gzip::full`]). Info-ZIP's zip makes the same bytes as gzip.
+//! zlib with the same hash table, and ends a block early when that seems to pay (`Writer::full`). Info-ZIP's zip makes the same bytes as gzip.
 //!
 //! What decides about the bytes, besides the levels: the window is 64 KiB of memory, of which the lower half is thrown
 //! away when less than [`MIN_AHEAD`] bytes are left to work on at its end, and position 0 of it ends every chain. Input

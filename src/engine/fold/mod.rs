@@ -1,6 +1,6 @@
 //! Unfold and fold: what is compressed inside an artifact, and the way back.
 //!
-//! [`unfold`] replaces every deflate stream it finds in a form (a grain of a VMDK, a cluster of a qcow2, a gzip member) by its plain
+//! [`unfold()`] replaces every deflate stream it finds in a form (a grain of a VMDK, a cluster of a qcow2, a gzip member) by its plain
 //! bytes. That gives a *plain stream*, in which the content of the disk lies open for a delta, and a [`Map`], with
 //! which [`fold`] makes the very bytes of the form again.
 //!
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A format module is only a parser that says where regions lie. A region that does not come back exactly is left as
-//! it is. Outer compression is peeled off by [`peel`]; [`wrap`] finds the map that puts it on again.
+//! it is. Outer compression is peeled off by [`peel()`]; [`wrap()`] finds the map that puts it on again.
 
 mod deflate;
 mod encode;

@@ -199,8 +199,8 @@ fn short(cluster: u32, has: usize, offset: u32, wanted: usize) -> io::Error {
 
 /// The decoded clusters of all the sources that a reader has open, within a bound.
 ///
-/// A reader that knows what it will read says so with [`Cache::plan`]; from then on nothing is kept that will not be
-/// used again, what has to go is what is needed last (which no order of eviction beats), and [`Cache::work`] decodes
+/// A reader that knows what it will read says so with [`Cache::with_plan`]; from then on nothing is kept that will not be
+/// used again, what has to go is what is needed last (which no order of eviction beats), and `Cache::decode_ahead` decodes
 /// ahead of the reader on other cores. Clusters that are not needed soon are packed once room is short, and read packed.
 /// Without a plan it is a least-recently-used cache.
 pub struct Cache {

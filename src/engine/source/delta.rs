@@ -1,7 +1,7 @@
 //! Deltas: a file as copies out of a base and bytes of its own, in librsync's format.
 //!
 //! `rdiff patch BASE DELTA` applies them; [`Delta`] reads any byte of the result without applying anything, and
-//! [`Base::diff`] makes them. Format (librsync's `delta.c`, `prototab.c`; all numbers big-endian): the magic number,
+//! [`Index::diff`] makes them. Format (librsync's `delta.c`, `prototab.c`; all numbers big-endian): the magic number,
 //! then commands (a byte, its arguments, and for a literal its bytes), then the end command.
 //!
 //! Zeros are most of a disk. A base that takes part in a delta is followed by a long run of them (a
