@@ -64,7 +64,10 @@ impl Drop for Mapped {
 
 /// The file that these bytes are mapped from, and where they are in it.
 pub fn find(bytes: &[u8]) -> Option<(Arc<Mapped>, u64)> {
-    let at = bytes.as_ptr().addr();
+    find_at(bytes.as_ptr().addr(), bytes.len())
+}
+
+fn find_at(at: usize, len: usize) -> Option<(Arc<Mapped>, u64)> {
     let (start, mapped) = {
         let all = MAPPED.read().unwrap_or_else(PoisonError::into_inner);
         let (start, mapped) = all.range(..=at).next_back()?;
@@ -73,7 +76,7 @@ pub fn find(bytes: &[u8]) -> Option<(Arc<Mapped>, u64)> {
     };
     // From here on this may be the last owner, whose drop takes the lock: it must not be held any more.
     let offset = at - start;
-    (offset + bytes.len() <= mapped.map.len()).then_some((mapped, offset as u64))
+    (offset + len <= mapped.map.len()).then_some((mapped, offset as u64))
 }
 
 #[cfg(test)]
@@ -109,15 +112,17 @@ mod tests {
                 scope.spawn(|| {
                     let mut file = tempfile::tempfile().unwrap();
                     file.write_all(b"0123456789").unwrap();
-                    for _ in 0..EVICTIONS {
-                        drop(Mapped::new(file.try_clone().unwrap()).unwrap());
+                    for i in 0..EVICTIONS {
+                        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
+                        // For as long as it takes to be found, now more and now less.
+                        (0..i % 5000).for_each(|_| std::hint::spin_loop());
+                        drop(mapped);
                     }
                     evicted.store(true, std::sync::atomic::Ordering::Relaxed);
                 });
-                // The stack is behind all mappings, so that the last of them is looked at.
-                let elsewhere = [0u8; 4];
                 while !evicted.load(std::sync::atomic::Ordering::Relaxed) {
-                    assert!(find(&elsewhere).is_none());
+                    // Behind all mappings, so that the last of them is looked at.
+                    assert!(find_at(usize::MAX - 10, 4).is_none());
                 }
             });
             done.send(()).unwrap();
