@@ -448,7 +448,7 @@ fn peeling() {
     assert_eq!(error, "uncompress two.zip: zip: expected one member, found 2");
 }
 
-/// Figures for the files named in `FOLD_FILES`: `cargo test --test folds measure -- --ignored --nocapture`.
+/// Figures for the files named in `FOLD_FILES`: `cargo test --test tests folds::measure -- --ignored --nocapture`.
 #[test]
 #[ignore = "needs FOLD_FILES"]
 fn measure() {
