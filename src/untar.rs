@@ -5,8 +5,7 @@
 //! into memory, and does not know sparse files of pax. Where archives can be read in more than one way, the way is that
 //! of Go's `archive/tar`, because that is what made the layer, and what the other tools see in it.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 
 use anyhow::{Context, Result, bail, ensure};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
@@ -78,7 +77,8 @@ pub trait Input: BufRead {
     }
 }
 
-impl Input for BufReader<File> {
+/// Skips by seeking, which costs nothing.
+impl<R: Read + Seek> Input for BufReader<R> {
     fn pass(&mut self, len: u64) -> io::Result<()> {
         // What is beyond the end shows when something should be there.
         let len = i64::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof))?;

@@ -386,6 +386,28 @@ fn archives_are_looked_into() {
     assert_eq!(disk.partitions.len(), 4);
     assert_eq!(disk.partitions[1].filesystem.as_ref().unwrap().label.as_deref(), Some("EFI-SYSTEM"));
 
+    // The other notations of sparse members, and zip64, which every zip beyond 4 GiB is.
+    sh(
+        dir,
+        "for version in 0.0 0.1 1.0; do tar -Sch --format=posix --sparse-version=$version -f pax$version.tar disk.raw; done
+         zip -q -fz zip64.zip disk.raw",
+    );
+    for name in ["pax0.0.tar", "pax0.1.tar", "pax1.0.tar", "zip64.zip"] {
+        let report = look(&dir.join(name));
+        assert_eq!(report.unreadable, Vec::<String>::new(), "{name}");
+        assert_eq!(
+            (report.members[0].name.as_str(), report.members[0].size),
+            ("disk.raw", 200 * MIB),
+            "{name}"
+        );
+        let disk = report.inside.unwrap().report;
+        assert_eq!(
+            (disk.format, disk.size, disk.partitions.len()),
+            (Format::Raw, Some(200 * MIB), 4),
+            "{name}"
+        );
+    }
+
     // kubevirt: an OCI layout with a layer that has the disk.
     convert("disk.raw", "kubevirt.qcow2", FORMATS[0].2);
     sh(
@@ -441,6 +463,8 @@ fn compressed_disks_by_their_beginning() {
     for (script, name, size) in [
         ("gzip -c boot/System.map > map.gz", "map.gz", 2_500_000),
         ("cat map.gz map.gz > maps.gz", "maps.gz", 5_000_000),
+        // A skippable frame before each of the others.
+        ("pzstd -q -p 2 -c boot/System.map > pzstd.zst", "pzstd.zst", 2_500_000),
         ("(zstd -qc boot/System.map; zstd -qc boot/System.map) > maps.zst", "maps.zst", 5_000_000),
         (
             "(xz -c boot/System.map; head -c 8 /dev/zero; xz -c boot/System.map) > maps.xz",
@@ -552,6 +576,61 @@ fn live_images() {
     let said = String::from_utf8(run(dir, "isoinfo", &["-d", "-i", "plain.iso"])).unwrap();
     let blocks = said.lines().find_map(|l| l.strip_prefix("Volume size is: ")).unwrap();
     assert_eq!(report.virtual_size, Some(2048 * blocks.parse::<u64>().unwrap()));
+}
+
+#[test]
+fn foreign_disk_images_are_named() {
+    for (name, format) in [("vdi", Format::Vdi), ("qed", Format::Qed), ("parallels", Format::Parallels)] {
+        let report = look(&convert("disk.raw", &format!("foreign.{name}"), &["-O", name]));
+        assert_eq!((report.format, report.virtual_size), (format, Some(200 * MIB)));
+        assert_eq!(report.format.to_string(), name);
+        let reason = format!("the disk in a {name} image is not looked into; qemu-img converts it");
+        assert_eq!(report.unreadable, [reason]);
+    }
+}
+
+/// File systems are named as blkid names them.
+#[test]
+fn file_systems_that_are_only_named() {
+    let dir = &*DISKS;
+    sh(
+        dir,
+        "mke2fs -q -O journal_dev -L journal external-journal 4M; truncate -s 1M swap; mkswap -q swap
+         mksquashfs boot squashfs3 -quiet -no-progress -comp gzip
+         # Versions 3.1, little-endian and big-endian.
+         printf '\\x03\\0\\x01\\0' | dd of=squashfs3 bs=1 seek=28 conv=notrunc status=none
+         cp squashfs3 squashfs3be; printf sqsh | dd of=squashfs3be bs=1 conv=notrunc status=none
+         printf '\\0\\x03\\0\\x01' | dd of=squashfs3be bs=1 seek=28 conv=notrunc status=none",
+    );
+    // BitLocker of Windows 7: the boot sector leads to a block of metadata.
+    let mut bitlocker = vec![0; 1 << 20];
+    bitlocker[..11].copy_from_slice(b"\xeb\x58\x90-FVE-FS-");
+    bitlocker[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let guid = b"\x3b\xd6\x67\x49\x29\x2e\xd8\x4a\x83\x99\xf6\xa3\x39\xe3\xd0\x01";
+    bitlocker[160..176].copy_from_slice(guid);
+    bitlocker[176..184].copy_from_slice(&(64u64 << 10).to_le_bytes());
+    bitlocker[64 << 10..][..8].copy_from_slice(b"-FVE-FS-");
+    bitlocker[(64 << 10) + 10] = 2;
+    fs::write(dir.join("bitlocker"), bitlocker).unwrap();
+    let names = [
+        ("external-journal", "jbd"),
+        ("swap", "swap"),
+        ("squashfs3", "squashfs3"),
+        ("squashfs3be", "squashfs3"),
+    ];
+    for (name, kind) in names.into_iter().chain([("bitlocker", "BitLocker")]) {
+        let path = dir.join(name);
+        let expected = blkid(&path, 0, fs::metadata(&path).unwrap().len());
+        assert_eq!(expected["kind"], kind, "{name}");
+        let found = look(&path).filesystem.unwrap_or_else(|| panic!("{name}: no file system"));
+        assert_eq!(found.kind, kind, "{name}");
+        if name == "external-journal" {
+            assert_eq!(
+                serde_json::json!([found.label, found.uuid]),
+                serde_json::json!([expected["label"], expected["uuid"]])
+            );
+        }
+    }
 }
 
 /// A source with bytes changed, or cut short; it notes what is read.

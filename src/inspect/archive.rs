@@ -9,8 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use super::packed::Packing;
 use super::read::{Reader, array, padded, part};
 use super::{Format, Member};
-use crate::bytes::{le16, le32, le64};
+use crate::fold::zip;
 use crate::source::{Concat, Source, Zeros};
+use crate::untar;
 
 /// The most members that are listed; an OCI archive has a dozen, a live rootfs three.
 const MAX_MEMBERS: usize = 1000;
@@ -61,76 +62,59 @@ pub(super) fn tar_format(members: &[Member]) -> Format {
 /// Lists a tar archive; with `partial`, the beginning of one.
 pub(super) fn tar(source: &Arc<dyn Source>, partial: bool) -> Result<Archive> {
     let mut found = Archive::default();
-    let mut largest: Option<(u64, tar::Header, u64)> = None;
-    let mut archive = tar::Archive::new(Reader::new(source.clone(), READ_LIMIT));
-    for entry in archive.entries_with_seek()?.take(MAX_MEMBERS) {
-        let entry = match entry {
-            Ok(entry) => entry,
+    let mut largest: Option<(untar::Member, u64)> = None;
+    let mut archive = untar::Archive::new(BufReader::new(Reader::new(source.clone(), READ_LIMIT)));
+    while found.members.len() < MAX_MEMBERS {
+        let member = match archive.next_member() {
+            Ok(Some(member)) => member,
+            Ok(None) => break,
             Err(_) if partial => break,
-            Err(e) => return Err(e).context(format!("tar: after {} members", found.members.len())),
+            Err(e) => return Err(e.context(format!("tar: after {} members", found.members.len()))),
         };
-        let kind = entry.header().entry_type();
-        if !(kind.is_file() || kind.is_gnu_sparse()) {
+        if member.kind != untar::Kind::File {
             continue;
         }
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let size = entry.size();
-        if largest.as_ref().is_none_or(|(most, ..)| size > *most) {
-            largest = Some((size, entry.header().clone(), entry.raw_file_position()));
-            found.inner = Some(Inner {
-                name: Some(name.clone()),
-                bytes: source.clone(),
-                size: Some(size),
-                packing: None,
-            });
+        found.members.push(Member { name: name(&member), size: member.size });
+        if largest.as_ref().is_none_or(|(most, _)| member.size > most.size) {
+            largest = Some((member, archive.position()));
         }
-        found.members.push(Member { name, size });
     }
-    if let (Some((size, header, at)), Some(inner)) = (largest, &mut found.inner) {
-        inner.bytes = match header.entry_type().is_gnu_sparse() {
-            true => sparse(source, &header, size, at)?,
-            false => part(source, at, size)?.0,
+    if let Some((member, at)) = largest {
+        let bytes = match &member.pieces {
+            Some(pieces) => sparse(source, pieces, member.size, at)?,
+            None => part(source, at, member.size)?.0,
         };
+        found.inner =
+            Some(Inner { name: Some(name(&member)), bytes, size: Some(member.size), packing: None });
     }
     Ok(found)
 }
 
-/// The bytes of a sparse member in GNU's old format, whose data, or the rest of its map, starts at `at`: holes and data
-/// in turn. Ends early where the archive does.
-fn sparse(source: &Arc<dyn Source>, header: &tar::Header, size: u64, mut at: u64) -> Result<Arc<dyn Source>> {
-    let header = header.as_gnu().context("tar: a sparse member without GNU's header")?;
-    // That the map is sorted and adds up was checked when the member was listed.
-    let mut map: Vec<(u64, u64)> = Vec::new();
-    let mut add = |regions: &[tar::GnuSparseHeader]| -> Result<()> {
-        for region in regions.iter().filter(|region| !region.is_empty()) {
-            map.push((region.offset()?, region.length()?));
-        }
-        Ok(())
-    };
-    add(&header.sparse)?;
-    let mut more = header.is_extended();
-    while more {
-        let mut extension = tar::GnuExtSparseHeader::new();
-        *extension.as_mut_bytes() = array(&**source, at)?;
-        add(extension.sparse())?;
-        more = extension.is_extended();
-        at += 512;
-    }
+fn name(member: &untar::Member) -> String {
+    String::from_utf8_lossy(&member.path).into_owned()
+}
+
+/// The bytes of a sparse file of `size` bytes, whose `pieces` follow each other in `source` from `at` on: holes and data in
+/// turn. Ends early where the archive does.
+fn sparse(
+    source: &Arc<dyn Source>,
+    pieces: &[(u64, u64)],
+    size: u64,
+    mut at: u64,
+) -> Result<Arc<dyn Source>> {
     let mut parts: Vec<Arc<dyn Source>> = Vec::new();
-    let (mut pos, mut whole) = (0, true);
-    for (offset, len) in map {
-        parts.push(Arc::new(Zeros(offset.saturating_sub(pos))));
-        let (data, all) = part(source, at, len)?;
+    let mut pos = 0;
+    // The reader of the archive has checked that pieces are in order and inside of the file.
+    for &(offset, len) in pieces {
+        parts.push(Arc::new(Zeros(offset - pos)));
+        let (data, whole) = part(source, at, len)?;
         parts.push(data);
-        whole = all;
         if !whole {
-            break;
+            return Ok(Arc::new(Concat::new(parts)?));
         }
-        (pos, at) = (offset.saturating_add(len), at.saturating_add(len.next_multiple_of(512)));
+        (pos, at) = (offset + len, at + len);
     }
-    if whole {
-        parts.push(Arc::new(Zeros(size.saturating_sub(pos))));
-    }
+    parts.push(Arc::new(Zeros(size - pos)));
     Ok(Arc::new(Concat::new(parts)?))
 }
 
@@ -190,48 +174,23 @@ pub(super) fn is_cpio(start: &[u8]) -> bool {
 
 /// Lists a zip archive.
 pub(super) fn zip(source: &Arc<dyn Source>) -> Result<Archive> {
-    // The end record is 22 bytes long, and a comment of up to 64 KiB may follow it.
-    let tail_len = source.len().min(22 + 0xffff);
-    let tail = padded(&**source, source.len() - tail_len, tail_len as usize)?;
-    let end = tail
-        .windows(22)
-        .rposition(|bytes| bytes.starts_with(b"PK\x05\x06"))
-        .context("zip: no end record in the last 64 KiB")?;
-    let directory = u64::from(le32(&tail, end + 16));
-    let mut found = Archive::default();
-    let mut largest: Option<(u64, String, u64, u16)> = None;
-    let mut reader = BufReader::new(Reader::new(part(source, directory, READ_LIMIT)?.0, READ_LIMIT));
-    for _ in 0..usize::from(le16(&tail, end + 10)).min(MAX_MEMBERS) {
-        use std::io::Read;
-        let mut record = [0; 46];
-        reader.read_exact(&mut record).context("zip: central directory")?;
-        ensure!(record.starts_with(b"PK\x01\x02"), "zip: no record in the central directory");
-        let mut name = vec![0; le16(&record, 28).into()];
-        reader.read_exact(&mut name)?;
-        let mut extra = vec![0; le16(&record, 30).into()];
-        reader.read_exact(&mut extra)?;
-        reader.read_exact(&mut vec![0; le16(&record, 32).into()])?;
-        let name = String::from_utf8_lossy(&name).into_owned();
-        let size = match le32(&record, 24) {
-            // In the extra field of zip64, the first there.
-            u32::MAX if extra.len() >= 12 && le16(&extra, 0) == 1 => le64(&extra, 4),
-            size => size.into(),
-        };
-        if largest.as_ref().is_none_or(|(most, ..)| size > *most) {
-            largest = Some((size, name.clone(), u64::from(le32(&record, 42)), le16(&record, 10)));
-        }
-        found.members.push(Member { name, size });
-    }
-    let Some((size, name, at, method)) = largest else { return Ok(found) };
-    let local: [u8; 30] = array(&**source, at)?;
-    ensure!(local.starts_with(b"PK\x03\x04"), "zip: no local header for {name}");
-    let data = at + 30 + u64::from(le16(&local, 26)) + u64::from(le16(&local, 28));
-    let (packing, len) = match method {
-        0 => (None, size),
-        8 => (Some(Packing::Deflate), source.len().saturating_sub(data)),
-        other => bail!("zip: {name}: compression method {other}: expected 0 or 8"),
+    let directory = zip::Directory::find(&**source)?;
+    let members = directory.read(&**source, MAX_MEMBERS)?;
+    let name = |member: &zip::Member| String::from_utf8_lossy(&member.name).into_owned();
+    let mut found = Archive {
+        members: members.iter().map(|m| Member { name: name(m), size: m.len }).collect(),
+        inner: None,
     };
-    let (bytes, _) = part(source, data, len)?;
-    found.inner = Some(Inner { name: Some(name), bytes, size: Some(size), packing });
+    // The first of the largest.
+    let Some(largest) = members.iter().rev().max_by_key(|m| m.len) else { return Ok(found) };
+    ensure!(!largest.encrypted, "zip: {}: the member is encrypted", name(largest));
+    let packing = match largest.method {
+        zip::STORED => None,
+        zip::DEFLATE => Some(Packing::Deflate),
+        other => bail!("zip: {}: compression method {other}: expected 0 or 8", name(largest)),
+    };
+    let data = largest.data(&**source)?;
+    let (bytes, _) = part(source, data.start, data.end - data.start)?;
+    found.inner = Some(Inner { name: Some(name(largest)), bytes, size: Some(largest.len), packing });
     Ok(found)
 }

@@ -125,8 +125,7 @@ pub(super) fn filesystem(
     partial: bool,
     platform_id: &mut Option<String>,
 ) -> Option<Filesystem> {
-    // The superblocks are all in here.
-    let start = padded(&**bytes, 0, 4096).ok()?;
+    let start = padded(&**bytes, 0, SUPERBLOCKS).ok()?;
     let mut filesystem = probe(&start)?;
     if partial {
         return Some(filesystem);
@@ -144,6 +143,28 @@ pub(super) fn filesystem(
     Some(filesystem)
 }
 
+/// File systems, and what else takes up a partition, that are only named: offset of the magic number, the magic number, the
+/// name that blkid has. Label and UUID are not read.
+const BY_MAGIC: [(usize, &[u8], &str); 10] = [
+    (3, b"-FVE-FS-", "BitLocker"),
+    // BitLocker To Go, which looks like FAT32 otherwise: the GUID of its metadata.
+    (424, b"\x3b\xd6\x67\x49\x29\x2e\xd8\x4a\x83\x99\xf6\xa3\x39\xe3\xd0\x01", "BitLocker"),
+    (3, b"NTFS    ", "ntfs"),
+    (3, b"EXFAT   ", "exfat"),
+    (0, b"LUKS\xba\xbe", "crypto_LUKS"),
+    (0, b"verity\0\0", "DM_verity_hash"),
+    (512 + 24, b"LVM2 001", "LVM2_member"),
+    (1024, b"\x10\x20\xf5\xf2", "f2fs"),
+    (4096 - 10, b"SWAPSPACE2", "swap"),
+    ((64 << 10) + 64, b"_BHRfS_M", "btrfs"),
+];
+
+/// The superblocks of all that [`probe`] knows lie in so many bytes.
+const SUPERBLOCKS: usize = 68 << 10;
+
+/// The incompatible feature of ext2 that makes it the journal of another file system.
+const JOURNAL_DEVICE: u32 = 8;
+
 /// Which file system starts with these bytes, by its superblock.
 fn probe(start: &[u8]) -> Option<Filesystem> {
     let found = |kind: &str, label: Option<String>, id: Option<[u8; 16]>| {
@@ -156,11 +177,20 @@ fn probe(start: &[u8]) -> Option<Filesystem> {
         })
     };
     let id = |at: usize| start[at..at + 16].try_into().ok();
+    if let Some((.., kind)) = BY_MAGIC.iter().find(|(at, magic, _)| start[*at..].starts_with(magic)) {
+        return found(kind, None, None);
+    }
     if start.starts_with(b"XFSB") {
         return found("xfs", text(&start[108..120]), id(32));
     }
-    if start.starts_with(b"hsqs") {
-        return found("squashfs", None, None);
+    // Big-endian images ended with version 3.
+    let squashfs = match &start[..4] {
+        b"hsqs" => Some(le16(start, 28)),
+        b"sqsh" => Some(le16(start, 28).swap_bytes()),
+        _ => None,
+    };
+    if let Some(major) = squashfs {
+        return found(if major < 4 { "squashfs3" } else { "squashfs" }, None, None);
     }
     if le32(start, 1024) == 0xe0f5_e1e2 {
         return found("erofs", text(&start[1024 + 64..1024 + 80]), id(1024 + 48));
@@ -169,6 +199,9 @@ fn probe(start: &[u8]) -> Option<Filesystem> {
         // What ext3 does not know of makes it ext4.
         let (compat, incompat, ro_compat) =
             (le32(start, 1024 + 92), le32(start, 1024 + 96), le32(start, 1024 + 100));
+        if incompat & JOURNAL_DEVICE != 0 {
+            return found("jbd", text(&start[1024 + 120..1024 + 136]), id(1024 + 104));
+        }
         let kind = match (incompat & !0x16 != 0 || ro_compat & !0x7 != 0, compat & 4 != 0) {
             (true, _) => "ext4",
             (false, true) => "ext3",

@@ -10,6 +10,7 @@
 
 mod archive;
 mod disk;
+mod foreign;
 mod guest;
 mod iso;
 mod kernel;
@@ -51,6 +52,9 @@ pub enum Format {
     /// VHD, by the name that QEMU gives it.
     Vpc,
     Vhdx,
+    Vdi,
+    Qed,
+    Parallels,
     Iso9660,
     Tar,
     Ova,
@@ -75,6 +79,9 @@ impl fmt::Display for Format {
             Self::Vmdk => "vmdk",
             Self::Vpc => "vpc",
             Self::Vhdx => "vhdx",
+            Self::Vdi => "vdi",
+            Self::Qed => "qed",
+            Self::Parallels => "parallels",
             Self::Iso9660 => "iso9660",
             Self::Tar => "tar",
             Self::Ova => "ova",
@@ -283,6 +290,10 @@ impl Report {
             let disk: Arc<dyn Source> = Arc::new(GuestDisk::new(source, opened.layout));
             disk::look(&disk, partial, self);
             return Ok(());
+        }
+        if let Some((format, size)) = foreign::detect(start) {
+            (self.format, self.virtual_size) = (format, Some(size));
+            anyhow::bail!("the disk in a {format} image is not looked into; qemu-img converts it");
         }
         if iso::is_iso(start) {
             self.format = Format::Iso9660;

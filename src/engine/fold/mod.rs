@@ -31,6 +31,7 @@ mod view;
 mod vmdk;
 mod wrap;
 mod xz;
+pub mod zip;
 mod zlib;
 mod zst;
 

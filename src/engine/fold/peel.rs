@@ -1,6 +1,7 @@
 //! The outer compression of a published file, of which only the inside is wanted.
 
 use std::io::{self, BufReader, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,8 +9,8 @@ use std::sync::Arc;
 use liblzma::read::XzDecoder;
 use liblzma::stream::{CONCATENATED, Stream};
 
+use super::zip;
 use super::zlib::{Inflate, Stop, crc32};
-use crate::bytes::{le16, le32, le64};
 use crate::io::{SparseWriter, scratch_file};
 use crate::source::{File, Source};
 
@@ -105,7 +106,7 @@ fn peel_file(file: std::fs::File, name: &str, scratch: &Path, max_len: u64) -> i
             copy(decoder, &mut out)?;
         }
         Compression::Gzip => gunzip(&file, len, &mut out)?,
-        Compression::Zip => member = Some(unzip(&file, len, &mut out)?),
+        Compression::Zip => member = Some(unzip(&file, &mut out)?),
     }
     Ok(Peeled { form: Arc::new(File::new(out.out.finish()?)?), member, compression })
 }
@@ -179,95 +180,25 @@ fn gunzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<()> {
     Ok(())
 }
 
-/// The one member of a zip archive.
-pub(super) struct Member {
-    name: String,
-    /// Where its data starts and ends in the file.
-    pub(super) start: u64,
-    pub(super) stop: u64,
-    /// How it is compressed.
-    pub(super) method: u16,
-    pub(super) plain_len: u64,
-    crc: u32,
-}
-
-/// Member data that is not compressed.
-pub(super) const ZIP_STORED: u16 = 0;
-/// Member data that is a deflate stream.
-pub(super) const ZIP_DEFLATE: u16 = 8;
-
-/// Finds the one member of a zip archive. What counts is the central directory, as in APPNOTE.TXT: a local header that
-/// was written to a pipe does not know the lengths.
-pub(super) fn zip_member(file: &std::fs::File, len: u64) -> io::Result<Member> {
-    /// The record at the end, without its comment; its 64-bit form and the locator of that; the two headers.
-    const END: usize = 22;
-    const END_64: u64 = 56;
-    const LOCATOR: u64 = 20;
-    const CENTRAL: u64 = 46;
-    const LOCAL: u64 = 30;
-    let read = |at: u64, n: u64, what: &str, magic: &[u8]| -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; n as usize];
-        if at.checked_add(n).is_none_or(|end| end > len) {
-            return Err(bad(format!("zip: the {what} at {at} is not inside the file")));
-        }
-        file.read_exact_at(&mut bytes, at)?;
-        if bytes.starts_with(magic) { Ok(bytes) } else { Err(bad(format!("zip: no {what} at {at}"))) }
-    };
-    // A comment of up to 64 KiB may follow; its length must lead to the end of the file.
-    let tail_at = len.saturating_sub(END as u64 + 0xffff);
-    let tail = read(tail_at, len - tail_at, "end", b"")?;
-    let found = (0..tail.len().saturating_sub(END - 1)).rev().find(|&i| {
-        tail[i..].starts_with(b"PK\x05\x06") && i + END + usize::from(le16(&tail, i + 20)) == tail.len()
-    });
-    let end = found.ok_or_else(|| bad("zip: no end of the central directory at the end of the file"))?;
-    let mut members = u64::from(le16(&tail, end + 10));
-    let mut central_at = u64::from(le32(&tail, end + 16));
-    if members == 0xffff || central_at == 0xffff_ffff {
-        let at = (tail_at + end as u64).saturating_sub(LOCATOR);
-        let locator = read(at, LOCATOR, "locator", b"PK\x06\x07")?;
-        let end = read(le64(&locator, 8), END_64, "64-bit end", b"PK\x06\x06")?;
-        (members, central_at) = (le64(&end, 32), le64(&end, 48));
-    }
-    if members != 1 {
-        return Err(bad(format!("zip: expected one member, found {members}")));
-    }
-    let central = read(central_at, CENTRAL, "central header", b"PK\x01\x02")?;
-    let name_len = u64::from(le16(&central, 28));
-    let names = read(central_at + CENTRAL, name_len + u64::from(le16(&central, 30)), "name", b"")?;
-    let (name, mut extra) = names.split_at(name_len as usize);
-    let mut plain_len = u64::from(le32(&central, 24));
-    let mut folded_len = u64::from(le32(&central, 20));
-    let mut local_at = u64::from(le32(&central, 42));
-    // Of the three, those that do not fit stand in the extra field 1, in this order.
-    while extra.len() >= 4 {
-        let size = usize::from(le16(extra, 2));
-        let field = extra.get(4..4 + size).ok_or_else(|| bad("zip: an extra field is cut short"))?;
-        if le16(extra, 0) == 1 {
-            let mut values = field.chunks_exact(8).map(|value| le64(value, 0));
-            for value in [&mut plain_len, &mut folded_len, &mut local_at] {
-                if *value == 0xffff_ffff {
-                    *value = values.next().ok_or_else(|| bad("zip: a 64-bit length is missing"))?;
-                }
-            }
-        }
-        extra = &extra[4 + size..];
-    }
-    let (flags, method) = (le16(&central, 8), le16(&central, 10));
-    if flags & 1 != 0 {
+/// The one member of a zip archive, and where its data lies.
+pub(super) fn only_member(archive: &dyn Source) -> io::Result<(zip::Member, Range<u64>)> {
+    let directory = zip::Directory::find(archive)?;
+    let found = if directory.members == 1 { directory.read(archive, 1)?.pop() } else { None };
+    let member =
+        found.ok_or_else(|| bad(format!("zip: expected one member, found {}", directory.members)))?;
+    if member.encrypted {
         return Err(bad("zip: the member is encrypted"));
     }
-    let local = read(local_at, LOCAL, "local header", b"PK\x03\x04")?;
-    let start = local_at + LOCAL + u64::from(le16(&local, 26)) + u64::from(le16(&local, 28));
-    let stop = start.checked_add(folded_len).filter(|&stop| stop <= central_at);
-    let stop = stop.ok_or_else(|| bad("zip: the member reaches into the central directory"))?;
-    let name =
-        String::from_utf8(name.to_vec()).map_err(|_| bad("zip: the name of the member is not UTF-8"))?;
-    Ok(Member { name, start, stop, method, plain_len, crc: le32(&central, 16) })
+    let data = member.data(archive)?;
+    Ok((member, data))
 }
 
 /// Decodes the one member of a zip archive and gives its name.
-fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String> {
-    let Member { name, start, stop, method, plain_len, crc: wanted } = zip_member(file, len)?;
+fn unzip(file: &std::fs::File, out: &mut Limited) -> io::Result<String> {
+    let (zip::Member { name, method, len: plain_len, crc: wanted, .. }, data) =
+        only_member(&File::new(file.try_clone()?)?)?;
+    let name = String::from_utf8(name).map_err(|_| bad("zip: the name of the member is not UTF-8"))?;
+    let (start, stop) = (data.start, data.end);
     let (mut crc, mut made) = (0, 0);
     let mut check = |bytes: &[u8]| {
         crc = crc32(crc, bytes);
@@ -275,7 +206,7 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
         out.write_all(bytes)
     };
     match method {
-        ZIP_STORED => {
+        zip::STORED => {
             let mut buf = vec![0; PART];
             let mut pos = start;
             while pos < stop {
@@ -285,7 +216,7 @@ fn unzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<String
                 pos += part.len() as u64;
             }
         }
-        ZIP_DEFLATE => {
+        zip::DEFLATE => {
             let mut decoder = Inflate::new(super::zlib::Wrap::Raw)?;
             let end = inflate(&mut decoder, file, start, stop, check)?;
             if end != stop {

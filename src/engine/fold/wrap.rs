@@ -8,8 +8,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::map::{MAX_MAP, MAX_SEGMENTS, Map, Segment, StreamEncoder};
-use super::peel::{Compression, ZIP_DEFLATE, ZIP_STORED, zip_member};
-use super::{gzip, stream, xz, zst};
+use super::peel::{Compression, only_member};
+use super::{gzip, stream, xz, zip, zst};
 use crate::source::{File, Slice, Source};
 
 /// How hard to look for the encoder.
@@ -52,10 +52,10 @@ pub fn wrap(
         Compression::Gzip => wrapper.gzip()?,
         Compression::Xz => wrapper.xz()?,
         Compression::Zip => {
-            let member = zip_member(file, len)?;
+            let (member, data) = only_member(&source)?;
             match member.method {
-                ZIP_STORED => wrapper.stored(member.start, member.plain_len)?,
-                ZIP_DEFLATE => wrapper.deflate(member.start, member.stop)?.map(drop),
+                zip::STORED => wrapper.stored(data.start, member.len)?,
+                zip::DEFLATE => wrapper.deflate(data.start, data.end)?.map(drop),
                 method => Err(format!("zip method {method} is not known here")),
             }
         }
