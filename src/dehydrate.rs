@@ -439,6 +439,12 @@ impl Job<'_> {
             Some(sha256) => {
                 let peeled =
                     fold::peel(file.try_clone()?, &item.name, self.writer.scratch(), self.options.max_size)?;
+                ensure!(
+                    peeled.compression != fold::Compression::None || sha256 == item.sha256,
+                    "{}: unknown compression: expected a name in .xz, .gz, .zip or .zst, since the stream has another digest \
+                     for the uncompressed file",
+                    item.name
+                );
                 let published = self.published(item, &file, &peeled)?;
                 // The name inside a zip, unless it is that of a pipe.
                 let member = peeled.member.filter(|name| name != "-" && check_file_name(name).is_ok());

@@ -173,6 +173,9 @@ fn zstd_of_many_settings() {
         "head -c 50000 plain > short; TRIXIE -c -19 short",
         "head -c 0 plain | TRIXIE -c",
         "head -c 3000000 /dev/urandom | TRIXIE -c",
+        "head -c 3000000 /dev/zero | TRIXIE -c -7",
+        // Zeros that tell levels apart only when they end.
+        "(head -c 3000000 /dev/zero; cat plain) | TRIXIE -c -7",
     ]
     .into_iter()
     .enumerate()
@@ -210,6 +213,13 @@ fn gzip_and_zip() {
         ("rm -f z.zip; zip -q -6j z.zip plain; cat z.zip", "zip", 500),
         ("cat plain | zip -q -9j - -", "zip", 500),
         ("zip -q -0j - plain", "zip", 500),
+        // What every level makes in the same way, for long or to the end.
+        ("head -c 3000000 /dev/zero | gzip -4", "gz", 100),
+        ("(head -c 3000000 /dev/zero; cat plain) | gzip -7", "gz", 100),
+        ("head -c 3000000 /dev/urandom | gzip -8", "gz", 100),
+        ("head -c 3000000 /dev/zero | zip -q -4 - -", "zip", 500),
+        // Padding, which gzip ignores.
+        ("gzip -c plain; head -c 1000 /dev/zero", "gz", 2000),
     ]
     .into_iter()
     .enumerate()

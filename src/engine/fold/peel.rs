@@ -11,7 +11,7 @@ use liblzma::stream::{CONCATENATED, Stream};
 
 use super::zip;
 use super::zlib::{Inflate, Stop, crc32};
-use crate::io::{SparseWriter, scratch_file};
+use crate::io::{SparseWriter, is_zero, scratch_file};
 use crate::source::{File, Source};
 
 /// How a file is compressed.
@@ -58,13 +58,15 @@ impl Compression {
         }
     }
 
-    fn magic(self) -> &'static [u8] {
+    /// Whether a file that starts with these bytes, at least six unless it is shorter, may be compressed in this way.
+    fn may_start_with(self, start: &[u8]) -> bool {
         match self {
-            Self::None => b"",
-            Self::Xz => b"\xfd7zXZ\0",
-            Self::Gzip => super::gzip::MAGIC,
-            Self::Zip => b"PK\x03\x04",
-            Self::Zstd => b"\x28\xb5\x2f\xfd",
+            Self::None => true,
+            Self::Xz => start.starts_with(b"\xfd7zXZ\0"),
+            Self::Gzip => start.starts_with(super::gzip::MAGIC),
+            Self::Zip => start.starts_with(b"PK\x03\x04"),
+            // pzstd begins with a skippable frame.
+            Self::Zstd => matches!(start, [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]),
         }
     }
 }
@@ -84,9 +86,9 @@ pub fn peel(file: std::fs::File, name: &str, scratch: &Path, max_len: u64) -> io
 fn peel_file(file: std::fs::File, name: &str, scratch: &Path, max_len: u64) -> io::Result<Peeled> {
     let compression = Compression::of_name(name);
     let len = file.metadata()?.len();
-    let mut magic = vec![0; compression.magic().len().min(len as usize)];
-    file.read_exact_at(&mut magic, 0)?;
-    if magic != compression.magic() {
+    let mut start = vec![0; len.min(6) as usize];
+    file.read_exact_at(&mut start, 0)?;
+    if !compression.may_start_with(&start) {
         return Err(bad(format!("expected {compression:?} data, found something else")));
     }
     if compression == Compression::None {
@@ -168,16 +170,31 @@ fn inflate(
     }
 }
 
-/// Decodes gzip members up to the end of the file.
+/// Decodes gzip members up to the end of the file, or to zeros that pad it, as tapes and gzip have them.
 fn gunzip(file: &std::fs::File, len: u64, out: &mut Limited) -> io::Result<()> {
     let mut decoder = Inflate::gzip()?;
     let mut pos = 0;
-    while pos < len {
+    while pos < len && !(pos > 0 && zeros_from(file, pos, len)?) {
         decoder.reset()?;
         pos = inflate(&mut decoder, file, pos, len, |bytes| out.write_all(bytes))
             .map_err(|e| io::Error::new(e.kind(), format!("gzip member at {pos}: {e}")))?;
     }
     Ok(())
+}
+
+/// Whether there are only zeros from `pos` on.
+fn zeros_from(file: &std::fs::File, mut pos: u64, len: u64) -> io::Result<bool> {
+    // Short, as mostly another member follows.
+    let mut buf = [0; 4096];
+    while pos < len {
+        let part = &mut buf[..(len - pos).min(4096) as usize];
+        file.read_exact_at(part, pos)?;
+        if !is_zero(part) {
+            return Ok(false);
+        }
+        pos += part.len() as u64;
+    }
+    Ok(true)
 }
 
 /// The one member of a zip archive, and where its data lies.

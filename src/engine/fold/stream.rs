@@ -1,8 +1,8 @@
 //! Long compressed streams: what does not fit in memory, such as the one of a gzip file.
 //!
-//! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib and GNU gzip are tried first,
-//! every candidate at once, each for as long as it makes the right bytes. When none does to the end, the stream is cut
-//! into pieces, which [`preflate`] analyses. All encoders work on pieces of fixed length, so that they get their input
+//! On the way out the stream is decoded into a file, with a note of where it can be cut. zlib and GNU gzip are tried first:
+//! every candidate makes the beginning, then one after the other goes on, the likeliest first, until one makes the right
+//! bytes to the end. When none does, the stream is cut into pieces, which [`preflate`] analyses. All encoders work on pieces of fixed length, so that they get their input
 //! in the same way each time.
 
 use std::collections::HashMap;
@@ -51,6 +51,18 @@ pub(super) struct Inflated {
     pub(super) folded_len: u64,
     /// Where the pieces end; the last one at the end.
     cuts: Vec<Cut>,
+    /// Whole blocks whose length tells encoders apart, unless all blocks are zeros or noise.
+    sample: Option<Range<Cut>>,
+}
+
+/// The least plain bytes of a sample.
+const SAMPLE: u64 = 512 << 10;
+
+/// How well the `len` bits of the stream for `plain` bytes tell encoders apart. Zeros and noise, which every encoder makes
+/// in the same way, do not; content that shrinks to half does it best.
+fn telling(len: u64, plain: u64) -> Option<u64> {
+    let percent = len / 8 * 100 / plain.max(1);
+    (5..=90).contains(&percent).then(|| percent * (100 - percent))
 }
 
 /// Decodes the raw deflate stream that starts at `start` of `source` and ends before `end` into a file in `scratch`.
@@ -80,6 +92,8 @@ pub(super) fn measure(
     let mut now = Cut::default();
     let mut cuts = Vec::new();
     let mut last = Cut::default();
+    let mut sample: Option<(u64, Range<Cut>)> = None;
+    let mut sample_start = Cut::default();
     loop {
         if held.is_empty() {
             let n = (end - read).min(input.len() as u64);
@@ -103,6 +117,16 @@ pub(super) fn measure(
         match step.stop {
             Stop::Starved => {}
             Stop::Block(_) => {
+                let (len, plain_len) = (now.bit - sample_start.bit, now.plain - sample_start.plain);
+                if plain_len >= SAMPLE {
+                    // A block may be long, but is none of those that encoders end by themselves then.
+                    let fits = plain_len <= 4 * SAMPLE;
+                    let better = |new: &u64| sample.as_ref().is_none_or(|(best, _)| new > best);
+                    if let Some(new) = telling(len, plain_len).filter(better).filter(|_| fits) {
+                        sample = Some((new, sample_start..now));
+                    }
+                    sample_start = now;
+                }
                 if folded >= PIECE_FOLDED || plain >= PIECE_PLAIN {
                     cuts.push(now);
                     last = now;
@@ -112,7 +136,8 @@ pub(super) fn measure(
                 // The end comes once more after the last block, which may have been cut off already.
                 cuts.pop_if(|cut| cut.bit.next_multiple_of(8) == now.bit && cut.plain == now.plain);
                 cuts.push(now);
-                return Ok(Some(Inflated { plain_len: now.plain, folded_len: consumed, cuts }));
+                let sample = sample.map(|(_, range)| range);
+                return Ok(Some(Inflated { plain_len: now.plain, folded_len: consumed, cuts, sample }));
             }
         }
     }
@@ -169,37 +194,63 @@ impl Whole {
     }
 }
 
+/// A stream, and the plain bytes that it is made of.
+pub(super) struct Wanted<'a> {
+    /// Has the stream,
+    pub(super) source: &'a dyn Source,
+    /// here.
+    pub(super) range: Range<u64>,
+    pub(super) plain: &'a dyn Source,
+    pub(super) plain_len: u64,
+}
+
 /// An encoder that has made the right bytes so far.
 struct Candidate {
     encoder: StreamEncoder,
     whole: Whole,
-    /// How much of the stream it has made.
+    /// How many plain bytes it was given.
+    pos: u64,
+    /// How much of the stream it has made of them.
     done: u64,
-    made: Vec<u8>,
 }
 
 impl Candidate {
-    /// Gives it the next part, with `finish` the last one. Whether it still makes the right bytes.
-    fn run(
-        &mut self,
-        part: &[u8],
-        finish: bool,
-        source: &dyn Source,
-        start: u64,
-        folded_len: u64,
-    ) -> io::Result<bool> {
-        self.made.clear();
-        self.whole.run(part, finish, &mut self.made)?;
-        let begin = self.done;
-        self.done += self.made.len() as u64;
-        if self.done > folded_len || finish && self.done != folded_len {
-            return Ok(false);
+    fn new(encoder: StreamEncoder, wanted: &Wanted<'_>) -> io::Result<Self> {
+        Ok(Self { whole: Whole::new(&encoder, wanted.plain_len)?, encoder, pos: 0, done: 0 })
+    }
+
+    /// Goes on up to `end` of the plain bytes. Whether it makes the right bytes so far.
+    fn run(&mut self, wanted: &Wanted<'_>, end: u64) -> io::Result<bool> {
+        let mut part = vec![0; FEED];
+        let (mut made, mut right) = (Vec::new(), Vec::new());
+        let folded_len = wanted.range.end - wanted.range.start;
+        let end = end.min(wanted.plain_len);
+        loop {
+            let part = &mut part[..(end - self.pos).min(FEED as u64) as usize];
+            wanted.plain.read_at(self.pos, part)?;
+            self.pos += part.len() as u64;
+            let finish = self.pos == wanted.plain_len;
+            made.clear();
+            self.whole.run(part, finish, &mut made)?;
+            let begin = self.done;
+            self.done += made.len() as u64;
+            if self.done > folded_len || finish && self.done != folded_len {
+                return Ok(false);
+            }
+            right.resize(made.len(), 0);
+            wanted.source.read_at(wanted.range.start + begin, &mut right)?;
+            if made != right {
+                return Ok(false);
+            }
+            if self.pos == end {
+                return Ok(true);
+            }
         }
-        let mut wanted = vec![0; self.made.len()];
-        source.read_at(start + begin, &mut wanted)?;
-        Ok(self.made == wanted)
     }
 }
+
+/// All candidates make so many plain bytes: the first blocks of most streams, by which all are known that are wrong.
+const TOGETHER: u64 = 256 << 10;
 
 /// The encoder that makes the whole stream.
 fn find_whole(
@@ -209,44 +260,64 @@ fn find_whole(
     plain: &dyn Source,
     enough: u64,
 ) -> io::Result<Option<StreamEncoder>> {
+    let range = start..start + stream.folded_len;
+    let wanted = Wanted { source, range, plain, plain_len: stream.plain_len };
     let all = candidates(Wrap::Raw).into_iter().map(StreamEncoder::Zlib);
-    let all = all.chain((1..=9).map(StreamEncoder::Gzip)).collect();
-    race(all, source, start..start + stream.folded_len, plain, stream.plain_len, enough)
+    let all: Vec<_> = all.chain((1..=9).map(StreamEncoder::Gzip)).collect();
+    let begin = |encoder| {
+        let mut candidate = Candidate::new(encoder, &wanted)?;
+        Ok(candidate.run(&wanted, TOGETHER)?.then_some(candidate))
+    };
+    let alive = all.into_par_iter().map(begin).collect::<io::Result<Vec<_>>>()?;
+    let mut alive: Vec<_> = alive.into_iter().flatten().collect();
+    if let (Some(sample), true) = (&stream.sample, alive.len() > 1 && wanted.plain_len > TOGETHER) {
+        alive = likeliest_first(alive, plain, sample)?;
+    }
+    first_right(alive, &wanted, enough)
 }
 
-/// The one of `encoders` that makes the `range` of `source` of the `plain_len` bytes of `plain`. One that makes the first
-/// `enough` of them as no other does is believed to make the rest.
-pub(super) fn race(
-    encoders: Vec<StreamEncoder>,
-    source: &dyn Source,
-    range: Range<u64>,
+/// Sorts candidates by how near the length of `sample` as each makes it is to the length in the stream. The sample is made on
+/// its own, which changes its length by a few bytes, about the same number for every candidate.
+fn likeliest_first(
+    candidates: Vec<Candidate>,
     plain: &dyn Source,
-    plain_len: u64,
+    sample: &Range<Cut>,
+) -> io::Result<Vec<Candidate>> {
+    let window = sample.start.plain.min(WINDOW as u64);
+    let mut bytes = vec![0; (sample.end.plain - sample.start.plain + window) as usize];
+    plain.read_at(sample.start.plain - window, &mut bytes)?;
+    let len = ((sample.end.bit - sample.start.bit) / 8) as usize;
+    let made = |encoder: &StreamEncoder, bytes: &[u8]| -> io::Result<usize> {
+        let mut made = Vec::new();
+        Whole::new(encoder, bytes.len() as u64)?.run(bytes, true, &mut made)?;
+        Ok(made.len())
+    };
+    let off = |candidate: Candidate| -> io::Result<_> {
+        let before = made(&candidate.encoder, &bytes[..window as usize])?;
+        Ok(((made(&candidate.encoder, &bytes)? - before).abs_diff(len), candidate))
+    };
+    let mut all = candidates.into_par_iter().map(off).collect::<io::Result<Vec<_>>>()?;
+    all.sort_by_key(|(off, _)| *off);
+    Ok(all.into_iter().map(|(_, candidate)| candidate).collect())
+}
+
+/// The first of `candidates` that makes the stream; it is believed when it has made `enough` plain bytes of it.
+fn first_right(
+    candidates: Vec<Candidate>,
+    wanted: &Wanted<'_>,
     enough: u64,
 ) -> io::Result<Option<StreamEncoder>> {
-    let mut alive = Vec::new();
-    for encoder in encoders {
-        let whole = Whole::new(&encoder, plain_len)?;
-        alive.push(Candidate { encoder, whole, done: 0, made: Vec::new() });
-    }
-    let mut feed = vec![0; FEED];
-    let mut pos = 0;
-    loop {
-        let part = &mut feed[..(plain_len - pos).min(FEED as u64) as usize];
-        plain.read_at(pos, part)?;
-        pos += part.len() as u64;
-        let finish = pos == plain_len;
-        let run = |c: &mut Candidate| c.run(part, finish, source, range.start, range.end - range.start);
-        let right = match &mut alive[..] {
-            [only] => vec![run(only)?],
-            many => many.par_iter_mut().map(run).collect::<io::Result<Vec<_>>>()?,
-        };
-        let mut right = right.into_iter();
-        alive.retain(|_| right.next().unwrap_or_default());
-        if alive.is_empty() || finish || alive.len() == 1 && pos >= enough {
-            return Ok(alive.into_iter().next().map(|c| c.encoder));
+    for mut candidate in candidates {
+        if candidate.pos == wanted.plain_len || candidate.run(wanted, enough)? {
+            return Ok(Some(candidate.encoder));
         }
     }
+    Ok(None)
+}
+
+/// Whether `encoder` makes the stream; it is believed when it has made `enough` plain bytes of it.
+pub(super) fn makes(encoder: &StreamEncoder, wanted: &Wanted<'_>, enough: u64) -> io::Result<bool> {
+    Candidate::new(encoder.clone(), wanted)?.run(wanted, enough)
 }
 
 /// A piece as it is worked on, with its bytes in memory.

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::map::{MAX_MAP, MAX_SEGMENTS, Map, Segment, StreamEncoder};
 use super::peel::{Compression, only_member};
-use super::{gzip, stream, xz, zip, zst};
+use super::stream::{self, Wanted};
+use super::{gzip, xz, zip, zst};
 use crate::source::{File, Slice, Source};
 
 /// How hard to look for the encoder.
@@ -22,10 +23,10 @@ pub enum Effort {
 }
 
 impl Effort {
-    /// An encoder that makes so many plain bytes as no other does is believed to make the rest.
+    /// An encoder that makes so many plain bytes is believed to make the rest.
     pub(super) fn enough(self) -> u64 {
         match self {
-            Self::Beginning => 32 << 20,
+            Self::Beginning => 16 << 20,
             Self::Whole => u64::MAX,
         }
     }
@@ -169,13 +170,21 @@ impl Wrapper<'_> {
         let enough = self.effort.enough();
         for frame in frames {
             let plain = Slice::new(self.plain.clone(), self.plain_at, frame.plain_len)?;
+            let range = frame.offset..frame.offset + frame.len;
+            let wanted = Wanted { source: self.file, range, plain: &plain, plain_len: frame.plain_len };
             let mut found = None;
             // One at a time: the higher levels take hundreds of MB.
-            for params in zst::Params::candidates(&frame.header) {
-                if zst::makes_beginning(&params, self.file, &frame, &plain)? {
-                    let (range, one) =
-                        (frame.offset..frame.offset + frame.len, vec![StreamEncoder::Zstd(params)]);
-                    found = stream::race(one, self.file, range, &plain, frame.plain_len, enough)?;
+            for variants in zst::Params::candidates(&frame.header) {
+                // What worker threads make begins in the same way.
+                if !zst::makes_beginning(&variants[0], self.file, &frame, &plain)? {
+                    continue;
+                }
+                for params in variants {
+                    let encoder = StreamEncoder::Zstd(params);
+                    if stream::makes(&encoder, &wanted, enough)? {
+                        found = Some(encoder);
+                        break;
+                    }
                 }
                 if found.is_some() {
                     break;
@@ -202,16 +211,19 @@ impl Wrapper<'_> {
                 known.iter().find(|p| p.dict == data.dict && self.effort == Effort::Beginning).copied();
             let params = match same {
                 Some(params) => params,
-                None => match xz::find(self.file, &data, &**self.plain, self.plain_at, self.memory)? {
-                    Some(params) => params,
-                    None => {
-                        return Ok(Err(format!(
-                            "no preset of {} with a dictionary of {} makes it",
-                            xz::VERSION,
-                            data.dict
-                        )));
+                None => {
+                    match xz::find(self.file, &data, &**self.plain, self.plain_at, self.effort, self.memory)?
+                    {
+                        Some(params) => params,
+                        None => {
+                            return Ok(Err(format!(
+                                "no preset of {} with a dictionary of {} makes it",
+                                xz::VERSION,
+                                data.dict
+                            )));
+                        }
                     }
-                },
+                }
             };
             known.push(params);
             let encoder = StreamEncoder::Lzma2(params);

@@ -18,6 +18,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use liblzma_sys as lzma;
 use rayon::prelude::*;
 
+use super::wrap::Effort;
 use crate::bytes::le32;
 use crate::source::Source;
 
@@ -332,55 +333,55 @@ fn dict_of(header: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-/// So much of the plain bytes is encoded at first to tell candidates apart; each time that does not do, four times as much.
+/// So many plain bytes are encoded by every candidate.
 const TRY: u64 = 4 << 20;
-/// Candidates that make so many bytes of the data are believed, until all is proven.
-const ENOUGH: usize = 128 << 10;
+/// A candidate that makes so many bytes of the data is believed, until all is proven.
+const ENOUGH: u64 = 128 << 10;
 
-/// Finds what makes `data` of `file` of plain bytes that start at `start` of `plain`: the candidates that make its
-/// beginning, most likely first. Takes `memory` bytes, or as many as one encoder needs.
+/// Finds what makes `data` of `file` of plain bytes that start at `start` of `plain`: the first candidate that makes its
+/// beginning, the likeliest tried first. Takes `memory` bytes, or as many as one encoder needs.
 pub(super) fn find(
     file: &dyn Source,
     data: &Data,
     plain: &dyn Source,
     start: u64,
+    effort: Effort,
     memory: u64,
 ) -> io::Result<Option<Params>> {
-    let mut alive = Params::candidates(data.dict);
-    let mut most = TRY;
-    while let Some(first) = alive.first() {
-        let len = most.min(data.plain_len);
-        let at_a_time = (memory / (first.memory() + (8 << 20))).max(1) as usize;
-        let mut results = Vec::new();
-        for some in alive.chunks(at_a_time) {
-            let run = |params: &Params| makes(params, file, data, plain, start, len);
-            results.extend(some.par_iter().map(run).collect::<io::Result<Vec<_>>>()?);
-        }
-        let compared = results.iter().flatten().copied().min().unwrap_or_default();
-        let mut results = results.into_iter();
-        alive.retain(|_| results.next().flatten().is_some());
-        if len == data.plain_len || compared >= ENOUGH {
-            break;
-        }
-        most *= 4;
+    let all = Params::candidates(data.dict);
+    let Some(first) = all.first() else { return Ok(None) };
+    let at_a_time = (memory / (first.memory() + (8 << 20))).max(1) as usize;
+    let makes = |params: &Params, most| makes(params, file, data, plain, start, most);
+    let mut alive = Vec::new();
+    for some in all.chunks(at_a_time) {
+        let made = some.par_iter().map(|params| makes(params, TRY)).collect::<io::Result<Vec<_>>>()?;
+        alive.extend(some.iter().zip(made).filter_map(|(params, made)| Some((*params, made?))));
     }
-    Ok(alive.first().copied())
+    // What shrinks to nearly nothing, such as zeros, tells them apart late or never: then one after the other goes on.
+    for (params, made) in alive {
+        if made >= ENOUGH || data.plain_len <= TRY || makes(&params, effort.enough())?.is_some() {
+            return Ok(Some(params));
+        }
+    }
+    Ok(None)
 }
 
-/// Whether the first `len` plain bytes become the first bytes of the data. Gives how many were compared.
+/// Whether the first `most` plain bytes become the first bytes of the data, or fewer if they become [`ENOUGH`] bytes. Gives how
+/// many bytes of the data were compared.
 fn makes(
     params: &Params,
     file: &dyn Source,
     data: &Data,
     plain: &dyn Source,
     start: u64,
-    len: u64,
-) -> io::Result<Option<usize>> {
+    most: u64,
+) -> io::Result<Option<u64>> {
     let mut encoder = Encoder::new(params)?;
     let (mut buf, mut made, mut wanted) = (vec![0; 1 << 18], Vec::new(), Vec::new());
     let (mut pos, mut done) = (0, 0u64);
+    let most = most.min(data.plain_len);
     loop {
-        let part = &mut buf[..(len - pos).min(1 << 18) as usize];
+        let part = &mut buf[..(most - pos).min(1 << 18) as usize];
         plain.read_at(start + pos, part)?;
         pos += part.len() as u64;
         made.clear();
@@ -395,8 +396,8 @@ fn makes(
             return Ok(None);
         }
         done = end;
-        if pos == len {
-            return Ok(Some(done as usize));
+        if pos == most || done >= ENOUGH {
+            return Ok(Some(done));
         }
     }
 }

@@ -57,7 +57,13 @@ pub(super) fn version() -> String {
 }
 
 fn zlib_error(what: &str, code: c_int) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("zlib: {what} failed with code {code}"))
+    let reason = match code {
+        z::Z_DATA_ERROR => "the compressed data is damaged",
+        z::Z_NEED_DICT => "the data was compressed with a preset dictionary",
+        z::Z_MEM_ERROR => "no memory",
+        _ => return io::Error::other(format!("zlib: {what} failed with code {code}")),
+    };
+    io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 /// Both streams take their input in pieces of at most this, so that lengths fit zlib's `uInt`.

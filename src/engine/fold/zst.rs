@@ -8,7 +8,7 @@
 
 use std::io;
 
-use zstd::zstd_safe::zstd_sys::ZSTD_EndDirective::{self, ZSTD_e_continue, ZSTD_e_end};
+use zstd::zstd_safe::zstd_sys::ZSTD_EndDirective::{self, ZSTD_e_continue, ZSTD_e_end, ZSTD_e_flush};
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer};
 
 use crate::bytes::le32;
@@ -48,20 +48,21 @@ impl Params {
         (1..=22).contains(&self.level) && (self.long == 0 || (10..=MAX_WINDOW).contains(&self.long))
     }
 
-    /// Every level that may have made a frame with this header, most likely first.
-    pub(super) fn candidates(header: &Header) -> Vec<Self> {
+    /// Every level that may have made a frame with this header, most likely first; of each the variants with and without
+    /// worker threads.
+    pub(super) fn candidates(header: &Header) -> Vec<[Self; 2]> {
         let Header { checksum, sized, window, .. } = *header;
-        let long = window.unwrap_or(MAX_WINDOW);
-        let with = |long, threads| {
-            let level = move |level| Self { level, threads, long, checksum, sized };
+        let with = |long| {
+            let level =
+                move |level| [true, false].map(|threads| Self { level, threads, long, checksum, sized });
             let usual = move |level: &u8| match long {
                 0 => window.is_none_or(|w| WINDOWS[usize::from(*level)] == w),
                 _ => *level <= MAX_LONG_LEVEL,
             };
             [3, 19].into_iter().chain((1..=22).filter(|n| ![3, 19].contains(n))).filter(usual).map(level)
         };
-        let all = with(0, true).chain(with(0, false)).chain(with(long, true)).chain(with(long, false));
-        all.filter(Self::valid).collect()
+        let all = with(0).chain(with(window.unwrap_or(MAX_WINDOW)));
+        all.filter(|[params, _]| params.valid()).collect()
     }
 }
 
@@ -116,8 +117,8 @@ impl Encoder {
             let mut output = OutBuffer::around_pos(out, at);
             let left = self.zstd.compress_stream2(&mut output, &mut input, end).map_err(error)?;
             let done = match end {
-                ZSTD_e_end => left == 0,
-                _ => input.pos() == input.src.len(),
+                ZSTD_e_continue => input.pos() == input.src.len(),
+                ZSTD_e_flush | ZSTD_e_end => left == 0,
             };
             if done {
                 return Ok(());
@@ -128,8 +129,6 @@ impl Encoder {
 
 /// What the header of a frame says.
 pub(super) struct Header {
-    /// Its own length, in bytes.
-    len: u64,
     checksum: bool,
     sized: bool,
     /// As a power of two; unless it is the length of the plain bytes.
@@ -138,9 +137,8 @@ pub(super) struct Header {
 
 const MAGIC: u32 = 0xfd2f_b528;
 const SKIPPABLE: u32 = 0x184d_2a50;
-/// The longest header of a frame, with its magic number, and that of one whose length was not known.
+/// The longest header of a frame, with its magic number.
 const MAX_HEADER: u64 = 18;
-const HEADER: usize = 6;
 
 /// A frame in a file.
 pub(super) struct Frame {
@@ -177,7 +175,6 @@ pub(super) fn frames(file: &dyn Source) -> io::Result<Result<Vec<Frame>, String>
             n => 1 << n,
         };
         let header = Header {
-            len: 5 + u64::from(!single) + size_len,
             checksum: descriptor & 4 != 0,
             sized: size_len > 0,
             window: (!single).then(|| (head[5] >> 3) + 10),
@@ -225,17 +222,16 @@ pub(super) fn makes_beginning(
     let mut beginning = vec![0; frame.plain_len.min(TRY) as usize];
     plain.read_at(0, &mut beginning)?;
     let whole = beginning.len() as u64 == frame.plain_len;
-    // A beginning is encoded as if its length were not known: zstd's levels depend on lengths that are small.
-    let params = Params { sized: params.sized && whole, ..*params };
     let mut made = Vec::new();
-    Encoder::new(&params, frame.plain_len)?.run(&beginning, true, &mut made)?;
-    let at = frame.offset;
+    let mut encoder = Encoder::new(params, frame.plain_len)?;
     if whole {
-        return Ok(made.len() as u64 == frame.len && made == read(file, at, made.len())?);
+        encoder.run(&beginning, true, &mut made)?;
+        return Ok(made.len() as u64 == frame.len && made == read(file, frame.offset, made.len())?);
     }
-    // The header is another then, and so is the last block.
-    let blocks = made.get(HEADER..made.len() / 2).unwrap_or_default();
-    Ok(blocks == read(file, at + frame.header.len, blocks.len())?)
+    encoder.give(&beginning, ZSTD_e_flush, &mut made)?;
+    // The last block is another one than in the frame, as it was flushed.
+    made.truncate(made.len() / 2);
+    Ok(made == read(file, frame.offset, made.len())?)
 }
 
 fn read(file: &dyn Source, at: u64, len: usize) -> io::Result<Vec<u8>> {
