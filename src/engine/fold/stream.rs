@@ -51,18 +51,17 @@ pub(super) struct Inflated {
     pub(super) folded_len: u64,
     /// Where the pieces end; the last one at the end.
     cuts: Vec<Cut>,
-    /// Whole blocks whose length tells encoders apart, unless all blocks are zeros or noise.
+    /// The first blocks that tell encoders apart; there are none in zeros and noise.
     sample: Option<Range<Cut>>,
 }
 
-/// The least plain bytes of a sample.
-const SAMPLE: u64 = 512 << 10;
+/// The least and the most plain bytes of a sample.
+const SAMPLE: Range<u64> = 512 << 10..2 << 20;
 
-/// How well the `len` bits of the stream for `plain` bytes tell encoders apart. Zeros and noise, which every encoder makes
-/// in the same way, do not; content that shrinks to half does it best.
-fn telling(len: u64, plain: u64) -> Option<u64> {
-    let percent = len / 8 * 100 / plain.max(1);
-    (5..=90).contains(&percent).then(|| percent * (100 - percent))
+/// Whether the `len` bits of the stream for `plain` bytes tell encoders apart. Zeros and noise, which every encoder makes in
+/// the same way, do not.
+fn telling(len: u64, plain: u64) -> bool {
+    SAMPLE.contains(&plain) && (10..90).contains(&(len / 8 * 100 / plain))
 }
 
 /// Decodes the raw deflate stream that starts at `start` of `source` and ends before `end` into a file in `scratch`.
@@ -92,7 +91,7 @@ pub(super) fn measure(
     let mut now = Cut::default();
     let mut cuts = Vec::new();
     let mut last = Cut::default();
-    let mut sample: Option<(u64, Range<Cut>)> = None;
+    let mut sample = None;
     let mut sample_start = Cut::default();
     loop {
         if held.is_empty() {
@@ -118,13 +117,8 @@ pub(super) fn measure(
             Stop::Starved => {}
             Stop::Block(_) => {
                 let (len, plain_len) = (now.bit - sample_start.bit, now.plain - sample_start.plain);
-                if plain_len >= SAMPLE {
-                    // A block may be long, but is none of those that encoders end by themselves then.
-                    let fits = plain_len <= 4 * SAMPLE;
-                    let better = |new: &u64| sample.as_ref().is_none_or(|(best, _)| new > best);
-                    if let Some(new) = telling(len, plain_len).filter(better).filter(|_| fits) {
-                        sample = Some((new, sample_start..now));
-                    }
+                if sample.is_none() && plain_len >= SAMPLE.start {
+                    sample = telling(len, plain_len).then_some(sample_start..now);
                     sample_start = now;
                 }
                 if folded >= PIECE_FOLDED || plain >= PIECE_PLAIN {
@@ -136,7 +130,6 @@ pub(super) fn measure(
                 // The end comes once more after the last block, which may have been cut off already.
                 cuts.pop_if(|cut| cut.bit.next_multiple_of(8) == now.bit && cut.plain == now.plain);
                 cuts.push(now);
-                let sample = sample.map(|(_, range)| range);
                 return Ok(Some(Inflated { plain_len: now.plain, folded_len: consumed, cuts, sample }));
             }
         }
@@ -273,6 +266,8 @@ fn find_whole(
     if let (Some(sample), true) = (&stream.sample, alive.len() > 1 && wanted.plain_len > TOGETHER) {
         alive = likeliest_first(alive, plain, sample)?;
     }
+    // What agrees in zeros or noise is not believed for that.
+    let enough = stream.sample.as_ref().map_or(enough, |sample| sample.end.plain.max(enough));
     first_right(alive, &wanted, enough)
 }
 
