@@ -21,8 +21,9 @@ use crate::oci::read::Image;
 use crate::oci::sign::Signing;
 use crate::progress::Progress;
 use crate::registry::{self, Client, Reference, TRANSPORT};
+use crate::staging::{NewDir, write_file};
 use crate::store::Store;
-use crate::workdir::{Workdir, write_file};
+use crate::workdir::Workdir;
 
 use super::config::{Config, Kind};
 use super::layout::Dest;
@@ -99,8 +100,10 @@ pub fn push(
     }
     let work = options.workdir.clone().unwrap_or_else(|| dest.work());
     fs::create_dir_all(&work).with_context(|| format!("{}: mkdir failed", work.display()))?;
-    let work = tempfile::Builder::new().prefix("image-").tempdir_in(&work).context("mkdir failed")?;
-    let workdir = Workdir::new(work.path());
+    let work =
+        NewDir::create_in(&work, 0o700).with_context(|| format!("{}: mkdir failed", work.display()))?;
+    // Inside, because dehydrating takes the lock of the working directory.
+    let workdir = Workdir::new(work.path().join("build"));
     lay_out(dest, release, &workdir)?;
     let mirrored: BTreeSet<&String> = release.artifacts.iter().map(|(item, _)| &item.arch).collect();
     let how = dehydrate::Options {

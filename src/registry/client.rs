@@ -99,6 +99,27 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Whether a client with these options has credentials, or a certificate of its own, for any repository of the registry
+    /// of `reference`.
+    pub fn has_credentials(&self, reference: &Reference) -> Result<bool> {
+        let own = |dir: &Path| {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.into_iter().any(|entry| entry.path().extension().is_some_and(|e| e == "cert"))
+        };
+        let has_certificate = match &self.cert_dir {
+            Some(dir) => own(dir),
+            None => CERTIFICATES.iter().any(|dir| own(&Path::new(dir).join(reference.host()))),
+        };
+        Ok(self.credentials.is_some()
+            || has_certificate
+            || Files::new(self.authfile.as_deref()).has_any(reference)?)
+    }
+
+    /// The same without credentials, whatever files there are.
+    pub fn anonymous(self) -> Self {
+        Self { credentials: None, authfile: Some("/dev/null".into()), ..self }
+    }
+
     /// For pushing: registries are silent while they check or move what they got.
     pub fn patient(self) -> Self {
         Self { stall: Duration::from_secs(15 * 60), ..self }

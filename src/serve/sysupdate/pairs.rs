@@ -6,11 +6,13 @@
 //! many tags have been pushed meanwhile. A request that would begin another pair with the old listing waits until those
 //! that were begun are whole, so that a client that asks without a pause gets to the new listing too.
 //!
+//! Nothing here keeps a listing: a client whose listing is gone, because there have been too many since, gets the newest.
+//!
 //! A client that never asks for signatures never makes a pair whole: it is not waited for after [`WAIT`], and what it
 //! began more than [`OPEN`] ago does not count.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -44,7 +46,7 @@ pub(super) struct Pairs<L> {
 }
 
 struct Pair<L> {
-    listing: Arc<L>,
+    listing: Weak<L>,
     /// So many more sums than signatures of it were given.
     open: i64,
     last: Instant,
@@ -76,24 +78,25 @@ impl<L> Pairs<L> {
                     }
                 }
                 let pair = clients.entry(client.to_owned()).or_insert_with(|| Pair {
-                    listing: current.clone(),
+                    listing: Arc::downgrade(&current),
                     open: 0,
                     last: now,
                 });
                 if pair.last + OPEN <= now {
                     pair.open = 0;
                 }
-                let mut same = Arc::ptr_eq(&pair.listing, &current);
-                if !same && (pair.open == 0 || now >= deadline) {
-                    (pair.listing, pair.open, same) = (current.clone(), 0, true);
+                let held = pair.listing.upgrade().filter(|held| !Arc::ptr_eq(held, &current));
+                let held = held.filter(|_| pair.open != 0 && now < deadline);
+                if held.is_none() && !std::ptr::eq(pair.listing.as_ptr(), Arc::as_ptr(&current)) {
+                    (pair.listing, pair.open) = (Arc::downgrade(&current), 0);
                 }
-                if same || pair.open.signum() == -step {
+                if held.is_none() || pair.open.signum() == -step {
                     pair.open += step;
                     pair.last = now;
                     if pair.open == 0 {
                         self.whole.notify_waiters();
                     }
-                    return pair.listing.clone();
+                    return held.unwrap_or(current);
                 }
                 self.whole.notified()
             };
@@ -101,16 +104,11 @@ impl<L> Pairs<L> {
         }
     }
 
-    /// Whether anybody has got anything.
-    pub(super) fn is_used(&self) -> bool {
-        !self.clients.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
-    }
-
     /// The listing that `client` has got not long ago.
     pub(super) fn of(&self, client: &str) -> Option<Arc<L>> {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let pair = clients.get(client).filter(|pair| pair.last.elapsed() < FILES)?;
-        Some(pair.listing.clone())
+        pair.listing.upgrade()
     }
 }
 
@@ -149,10 +147,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_listing_that_is_gone_is_replaced() {
+        let pairs = Pairs::default();
+        pairs.choose("a", Arc::new(1), Sums).await;
+        assert!(pairs.of("a").is_none());
+        let new = Arc::new(2);
+        assert_eq!(*pairs.choose("a", new.clone(), Sums).await, 2);
+        assert_eq!(pairs.of("a").as_deref(), Some(&2));
+    }
+
+    #[tokio::test]
     async fn nobody_waits_for_who_takes_no_signatures() {
         let pairs = Pairs { wait: Duration::ZERO, ..Pairs::default() };
         let (old, new) = (Arc::new(1), Arc::new(2));
-        pairs.choose("a", old, Sums).await;
+        pairs.choose("a", old.clone(), Sums).await;
         assert_eq!(*pairs.choose("a", new, Sums).await, 2);
     }
 }
