@@ -730,7 +730,8 @@ pub struct SysupdateArgs {
     /// Send clients to the registry for the files themselves; it must let them read without credentials
     #[arg(long, requires = "registry_url")]
     pub redirect: bool,
-    /// How long the tags of a repository are taken to be what they were, such as 30s; a day at most
+    /// How long to remember what the registry said of a repository, also that it does not exist, such as 30s; a day at
+    /// most, and 0s asks every time
     #[arg(long, value_name = "TIME", value_parser = parse_ttl, default_value = "30s")]
     pub ttl: Duration,
 }

@@ -23,8 +23,10 @@ const TEMPORARY: &str = ".rehydrator-";
 /// How often each command is killed.
 const KILLS: u64 = 8;
 
-/// The digests of all files in a directory, those with temporary names included.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+/// What is in all files of a directory, those with temporary names included.
+type Files = BTreeMap<String, Vec<u8>>;
+
+fn files(dir: &Path) -> Files {
     let files = tree(dir).into_iter().filter_map(|(name, entry)| match entry {
         crate::mirror::site::Entry::File(bytes) => Some((name, bytes)),
         _ => None,
@@ -34,13 +36,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 
 /// Runs `command` once, and then again and again: killed, and run to its end. Before each of these, `prepare` makes `place`, the
 /// directory that the command writes into. `check` looks at it after each kill.
-fn kill(
-    name: &str,
-    place: &Path,
-    prepare: &dyn Fn(),
-    command: &dyn Fn() -> Command,
-    check: &dyn Fn(&BTreeMap<String, Vec<u8>>),
-) {
+fn kill(name: &str, place: &Path, prepare: &dyn Fn(), command: &dyn Fn() -> Command, check: &dyn Fn(&Files)) {
     let again = || {
         let _ = fs::remove_dir_all(place);
         fs::create_dir(place).unwrap();
@@ -107,7 +103,7 @@ fn every_command_that_writes_images_or_disks() {
 
     // A layout is not there, or there under its name and whole.
     let dir = format!("oci:{}", place.join("image").display());
-    let is_layout = |found: &BTreeMap<String, Vec<u8>>| {
+    let is_layout = |found: &Files| {
         let final_names = found.keys().filter(|name| !name.contains(TEMPORARY)).count();
         assert!(final_names == 0 || found.contains_key("image/index.json"), "{:?}", found.keys());
     };
@@ -117,7 +113,7 @@ fn every_command_that_writes_images_or_disks() {
 
     // In a layout with another image, that one stays.
     let with_other = || drop(ok(rehydrator().args(["mirror", "image", &other, &format!("{dir}:other")])));
-    let has_other = |found: &BTreeMap<String, Vec<u8>>| {
+    let has_other = |found: &Files| {
         let index: Value = serde_json::from_slice(&found["image/index.json"]).unwrap();
         let tags: Vec<_> = index["manifests"].as_array().unwrap().iter().map(|m| &m["annotations"]).collect();
         assert!(tags.iter().any(|tag| tag["org.opencontainers.image.ref.name"] == "other"), "{tags:?}");
@@ -131,7 +127,7 @@ fn every_command_that_writes_images_or_disks() {
         ok(&mut image(&format!("oci-archive:{}", release.text("whole.tar"))));
         fs::read(release.path("whole.tar")).unwrap()
     };
-    let is_whole = |found: &BTreeMap<String, Vec<u8>>| {
+    let is_whole = |found: &Files| {
         assert!(found["image.tar"] == b"old" || found["image.tar"] == whole, "half an archive");
     };
     kill("build image oci-archive:", &place, &old, &|| image(&file), &is_whole);
@@ -148,7 +144,7 @@ fn every_command_that_writes_images_or_disks() {
     assert_eq!(disks.len(), 3);
     let are_right = |old: Option<&'static [u8]>| {
         let disks = disks.clone();
-        move |found: &BTreeMap<String, Vec<u8>>| {
+        move |found: &Files| {
             for (name, bytes) in found.iter().filter(|(name, _)| !name.contains(TEMPORARY)) {
                 assert!(Some(&bytes[..]) == old || disks[name] == *bytes, "{name}");
             }

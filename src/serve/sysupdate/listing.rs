@@ -33,7 +33,8 @@ const MAX_TAGS: usize = 20_000;
 /// The most manifests that are read for a listing, those in indexes included: a few for each of many tags.
 const MAX_MANIFESTS: usize = 50_000;
 
-/// The most files of a repository: more than [`MAX_SUMS`] has lines for, so that it bounds what has no line.
+/// The most files of a repository: more than [`MAX_SUMS`] has lines for. Files that get no line, such as those without a good
+/// name, count too.
 const MAX_FILES: usize = 60_000;
 
 /// The longest `SHA256SUMS`, in bytes: some 40,000 lines.
@@ -130,8 +131,8 @@ impl Upstream {
             }
         }
         let documents = self.documents.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = |documents: &mut usize| *documents >= MAX_DOCUMENTS;
-        *self.returned.wait_while(documents, free).unwrap_or_else(PoisonError::into_inner) += 1;
+        let are_all_taken = |documents: &mut usize| *documents >= MAX_DOCUMENTS;
+        *self.returned.wait_while(documents, are_all_taken).unwrap_or_else(PoisonError::into_inner) += 1;
         let _taken = Taken(self);
         work()
     }

@@ -240,7 +240,7 @@ impl Offer {
                 Some(Err(Refusal::Unknown)) => false,
                 _ => existed,
             };
-            offer.repositories.note(&repository, exists, state.memory());
+            offer.repositories.note(&repository, exists, state.memory() + repository.pairs.memory());
             if exists && !existed && signing.is_some() {
                 offer.warn_of_confusable(&repository);
             }

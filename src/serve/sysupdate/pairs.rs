@@ -12,6 +12,7 @@
 //! began more than [`OPEN`] ago does not count.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,9 @@ pub(super) enum Half {
 
 /// What the clients of a repository have got. `L` is a listing.
 pub(super) struct Pairs<L> {
-    clients: Mutex<HashMap<String, Pair<L>>>,
+    /// By a hash of what they are: a number, however long that is. Only the choice between two listings depends on it.
+    clients: Mutex<HashMap<u64, Pair<L>>>,
+    hasher: RandomState,
     /// A pair has become whole.
     whole: Notify,
     wait: Duration,
@@ -54,7 +57,7 @@ struct Pair<L> {
 
 impl<L> Default for Pairs<L> {
     fn default() -> Self {
-        Self { clients: Mutex::default(), whole: Notify::new(), wait: WAIT }
+        Self { clients: Mutex::default(), hasher: RandomState::new(), whole: Notify::new(), wait: WAIT }
     }
 }
 
@@ -66,18 +69,19 @@ impl<L> Pairs<L> {
             Half::Signature => -1,
             Half::Alone => 0,
         };
+        let client = self.hasher.hash_one(client);
         let deadline = Instant::now() + self.wait;
         loop {
             let waiting = {
                 let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
                 let now = Instant::now();
-                if clients.len() >= MAX_CLIENTS && !clients.contains_key(client) {
+                if clients.len() >= MAX_CLIENTS && !clients.contains_key(&client) {
                     clients.retain(|_, pair| pair.last + OPEN > now);
                     if clients.len() >= MAX_CLIENTS {
                         return current;
                     }
                 }
-                let pair = clients.entry(client.to_owned()).or_insert_with(|| Pair {
+                let pair = clients.entry(client).or_insert_with(|| Pair {
                     listing: Arc::downgrade(&current),
                     open: 0,
                     last: now,
@@ -104,10 +108,16 @@ impl<L> Pairs<L> {
         }
     }
 
+    /// About what the clients take, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.capacity() * size_of::<(u64, Pair<L>)>()
+    }
+
     /// The listing that `client` has got not long ago.
     pub(super) fn of(&self, client: &str) -> Option<Arc<L>> {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let pair = clients.get(client).filter(|pair| pair.last.elapsed() < FILES)?;
+        let pair = clients.get(&self.hasher.hash_one(client)).filter(|pair| pair.last.elapsed() < FILES)?;
         pair.listing.upgrade()
     }
 }
