@@ -140,12 +140,12 @@ fn has(store: &Store, release: &Release) -> Result<bool> {
 
 /// Makes the directory as `build download` leaves it, with links to the files of the mirror.
 fn lay_out(dest: &Dest, release: &Release, workdir: &Workdir) -> Result<()> {
+    let artifacts = workdir.artifacts();
+    fs::create_dir_all(&artifacts).with_context(|| format!("{}: mkdir failed", artifacts.display()))?;
     write_file(&workdir.stream(), &release.document)?;
     if let Some(signature) = &release.signature {
         write_file(&workdir.stream_signature(), signature)?;
     }
-    let artifacts = workdir.artifacts();
-    fs::create_dir(&artifacts).with_context(|| format!("{}: mkdir failed", artifacts.display()))?;
     let mirror = dest.dir.canonicalize().with_context(|| dest.dir.display().to_string())?;
     for (item, path) in &release.artifacts {
         let (from, to) = (mirror.join(path), artifacts.join(&item.name));
