@@ -16,7 +16,7 @@ use crate::recipe::Tier;
 use crate::registry::{self, Credentials, Platform, Reference};
 use crate::rehydrate::Which;
 use crate::serve::listen::Address;
-use crate::serve::sysupdate::{Base, MAX_TTL};
+use crate::serve::sysupdate::{Base, KeyFile, MAX_TTL, RepositoryGlob};
 
 /// A whole CoreOS release as one container image that gives back every disk image bit for bit.
 #[derive(Debug, Parser)]
@@ -716,16 +716,22 @@ pub struct SysupdateArgs {
     /// behind the host stands before all names of repositories; http:// allows a registry without TLS
     #[arg(long = "registry", value_name = "URL")]
     pub registry_url: Option<Base>,
-    /// Sign SHA256SUMS with this OpenPGP secret key, for Verify=yes
-    #[arg(long, value_name = "FILE", requires = "registry_url")]
-    pub sign_key: Option<PathBuf>,
-    /// A file with the passphrase of the key in its first line [default: $REHYDRATOR_SIGN_PASSPHRASE]
+    /// Offer only the repositories whose whole name in the URL matches; may be repeated. * matches any characters but a
+    /// slash, ** any, ? one. Required with --sign-key, and with credentials for the registry; ** is all [default: all]
+    #[arg(long = "repository", value_name = "GLOB", requires = "registry_url")]
+    pub repository: Vec<RepositoryGlob>,
+    /// Sign SHA256SUMS with this OpenPGP secret key, for Verify=yes. With GLOB= only for the repositories that it matches,
+    /// as in --repository; may be repeated, the first that matches signs, and one without GLOB signs for the rest
+    #[arg(long, value_name = "[GLOB=]FILE", requires = "registry_url")]
+    pub sign_key: Vec<KeyFile>,
+    /// A file with the passphrase of the keys in its first line [default: $REHYDRATOR_SIGN_PASSPHRASE]
     #[arg(long, value_name = "FILE", requires = "sign_key")]
     pub sign_passphrase_file: Option<PathBuf>,
     /// Send clients to the registry for the files themselves; it must let them read without credentials
     #[arg(long, requires = "registry_url")]
     pub redirect: bool,
-    /// How long the tags of a repository are taken to be what they were, such as 30s; a day at most
+    /// How long to remember what the registry said of a repository, also that it does not exist, such as 30s; a day at
+    /// most, and 0s asks every time
     #[arg(long, value_name = "TIME", value_parser = parse_ttl, default_value = "30s")]
     pub ttl: Duration,
 }

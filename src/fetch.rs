@@ -91,8 +91,7 @@ impl Partial {
 
 /// Writes `path` by way of `temporary`, so that it is there either as it was or whole.
 ///
-/// Unlike [`crate::workdir::write_file`], this leaves nothing but `temporary` behind when it is killed, which the next
-/// one writes over.
+/// Unlike [`crate::staging::write_file`], this never shows a temporary name beside `path`.
 pub fn write_through(temporary: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || {
         let mut file = File::create(temporary)?;

@@ -37,6 +37,7 @@ pub mod rehydrate;
 pub mod report;
 pub mod serve;
 pub mod sink;
+pub mod staging;
 pub mod store;
 pub mod stream;
 pub mod transport;

@@ -249,14 +249,19 @@ fn passphrase(file: Option<&Path>) -> Result<Option<String>> {
 
 /// What `args` want to be offered to systemd-sysupdate.
 fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
-    let cli::SysupdateArgs { registry_url, sign_key, sign_passphrase_file, redirect, ttl } = &args.sysupdate;
+    let cli::SysupdateArgs { registry_url, repository, sign_key, sign_passphrase_file, redirect, ttl } =
+        &args.sysupdate;
     let Some(registry) = registry_url else { return Ok(None) };
     let passphrase = passphrase(sign_passphrase_file.as_deref())?;
-    let signer = sign_key.as_deref().map(|path| Signer::read(path, passphrase.as_deref())).transpose()?;
+    let read = |key: &serve::sysupdate::KeyFile| -> Result<_> {
+        let signer = Signer::read(&key.path, passphrase.as_deref())?;
+        Ok(serve::sysupdate::Key { repositories: key.repositories.clone(), signer })
+    };
     let options = serve::sysupdate::Options {
         registry: registry.clone(),
         client: args.images.options(),
-        signer,
+        repositories: repository.clone(),
+        keys: sign_key.iter().map(read).collect::<Result<_>>()?,
         redirect: *redirect,
         ttl: *ttl,
     };

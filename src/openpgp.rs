@@ -197,6 +197,11 @@ impl Signer {
         Ok(Self(key.into_keypair()?))
     }
 
+    /// The fingerprint of the key that signs.
+    pub fn fingerprint(&self) -> String {
+        self.0.public().fingerprint().to_hex()
+    }
+
     /// A signed message with this content.
     pub fn sign(&self, content: &[u8]) -> Result<Vec<u8>> {
         let mut signed = Vec::new();

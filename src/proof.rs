@@ -17,7 +17,8 @@ use crate::catalog::Item;
 use crate::fold::{self, Compression, Effort, MAX_MAP, Map, Peeled};
 use crate::progress::{Progress, Task};
 use crate::source::{self, Source};
-use crate::workdir::{read_limited, write_file};
+use crate::staging::write_file;
+use crate::workdir::read_limited;
 
 /// Bytes that are compared at a time.
 const PART: usize = 1 << 18;

@@ -1,18 +1,17 @@
 //! Sinks: where finished bytes go. Standard output, a tar stream, a file in a directory.
 //!
-//! A file in a directory appears under its name when it is whole and not before: it is written without a name where
-//! the file system can do that (so that nothing is left of a run that was killed), and under a temporary one otherwise.
+//! A file in a directory appears under its name when it is whole and not before: [`staging`].
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::digest::{Digest, Hasher};
 use crate::io::SparseWriter;
 use crate::recipe::Blob;
+use crate::staging;
 
 /// Takes the bytes of one artifact. Long runs of zeros come as such, so that a file gets a hole and not zeros.
 pub trait Output: Write {
@@ -108,12 +107,14 @@ impl<W: Write> Write for Member<'_, W> {
 
 impl<W: Write> Output for Member<'_, W> {}
 
-/// A file in a directory, not there before [`NewFile::commit`].
+/// The mode of a file in a directory, less the umask.
+const MODE: u32 = 0o644;
+
+/// A file in a directory, with holes where there are zeros; not there before [`NewFile::commit`].
 pub struct NewFile {
     out: SparseWriter,
     path: PathBuf,
-    /// The temporary name, where the file needs one.
-    temporary: Option<tempfile::TempPath>,
+    staged: staging::NewFile,
 }
 
 impl Write for NewFile {
@@ -135,60 +136,23 @@ impl Output for NewFile {
 impl NewFile {
     /// Begins the file `name` of `dir`.
     pub fn create(dir: &Path, name: &str) -> Result<Self> {
-        let context = || dir.display().to_string();
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let (file, temporary) = match rustix::fs::open(dir, flags, Mode::from_raw_mode(0o644)) {
-            Ok(file) => (File::from(file), None),
-            Err(_) => {
-                let prefix = format!(".{name}.");
-                let (file, path) = tempfile::Builder::new()
-                    .prefix(&prefix)
-                    .tempfile_in(dir)
-                    .with_context(context)?
-                    .into_parts();
-                use std::os::unix::fs::PermissionsExt;
-                file.set_permissions(fs::Permissions::from_mode(0o644)).with_context(context)?;
-                (file, Some(path))
-            }
+        let path = dir.join(name);
+        let create = || -> io::Result<_> {
+            let staged = staging::NewFile::create(&path, MODE)?;
+            Ok((SparseWriter::new(staged.file().try_clone()?), staged))
         };
-        Ok(Self { out: SparseWriter::new(file), path: dir.join(name), temporary })
+        let (out, staged) = create().with_context(|| dir.display().to_string())?;
+        Ok(Self { out, path, staged })
     }
 
     /// Syncs the file and gives it its name, in the place of what has it.
     pub fn commit(self) -> Result<()> {
-        let context = || self.path.display().to_string();
-        let file = self.out.finish().with_context(context)?;
-        file.sync_all().with_context(context)?;
-        let temporary = match self.temporary {
-            Some(path) => path,
-            None => {
-                use std::os::fd::AsRawFd;
-                let fd = format!("/proc/self/fd/{}", file.as_raw_fd());
-                let link = |to: &Path| {
-                    rustix::fs::linkat(rustix::fs::CWD, &fd, rustix::fs::CWD, to, AtFlags::SYMLINK_FOLLOW)
-                };
-                match link(&self.path) {
-                    Ok(()) => return sync_parent(&self.path).with_context(context),
-                    Err(rustix::io::Errno::EXIST) => {}
-                    Err(e) => return Err(e).with_context(context),
-                }
-                // A link cannot take the place of a file; a rename can.
-                let mut name = std::ffi::OsString::from(".");
-                name.push(self.path.file_name().unwrap_or_default());
-                name.push(format!(".{}", std::process::id()));
-                let path = self.path.with_file_name(name);
-                link(&path).with_context(context)?;
-                tempfile::TempPath::try_from_path(path).with_context(context)?
-            }
+        let finish = || {
+            self.out.finish()?;
+            self.staged.publish()
         };
-        temporary.persist(&self.path).with_context(context)?;
-        sync_parent(&self.path).with_context(context)
+        finish().with_context(|| self.path.display().to_string())
     }
-}
-
-fn sync_parent(path: &Path) -> io::Result<()> {
-    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(dir)?.sync_all()
 }
 
 /// Whether `dir` holds the file `name` with just these bytes already. Another file of that name is an error, unless

@@ -8,8 +8,7 @@
 //! proofs/            how published files are made again   build dehydrate, for the next time
 //! ```
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +18,7 @@ use crate::catalog::{Catalog, SIGNATURE};
 use crate::http::{Http, HttpError};
 pub use crate::io::read_limited;
 use crate::openpgp::MAX_SIGNATURE;
+use crate::staging::write_file;
 use crate::stream::{self, MAX_STREAM, Stream};
 
 /// The working directory of a build.
@@ -150,23 +150,4 @@ pub fn fetch(url: &str, http: &Http) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
         Err(e) => return Err(e.into()),
     };
     Ok((document, signature))
-}
-
-/// Writes a file that is there either as it was or whole.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || {
-        let mut file = tempfile::Builder::new();
-        let mut file = file.permissions(readable()).tempfile_in(dir)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        File::open(dir)?.sync_all()
-    };
-    write().with_context(|| format!("{}: write failed", path.display()))
-}
-
-/// For everybody, as files are, less the umask; temporary files are their owner's alone by default.
-fn readable() -> std::fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(0o666)
 }

@@ -17,6 +17,7 @@ mod hostile;
 mod image;
 mod imports;
 mod inspect;
+mod killed;
 mod mirror;
 mod published;
 mod pull;

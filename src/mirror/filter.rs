@@ -2,8 +2,9 @@
 //! first that matches decides, and a file that none matches is taken.
 //!
 //! A glob is one of Go's `path.Match`, which is what oppositus had: `*` any characters, `?` one, `[abc]`, `[a-z]` and
-//! `[^a-z]` one of a class, `\` takes the special meaning from what follows. The crates of globs differ from it in what
-//! they negate with, in `{a,b}` and in `**`.
+//! `[^a-z]` one of a class, `\` takes the special meaning from what follows. `*` and `?` do not match a slash. The crates of
+//! globs differ from it in what they negate with and in `{a,b}`. Only here, `**` matches any characters, slashes included: names
+//! of files have none, names of repositories do.
 
 use std::iter::Peekable;
 use std::str::Chars;
@@ -54,26 +55,35 @@ impl<'de> Deserialize<'de> for Filter {
     }
 }
 
-/// A pattern for names of files, which have no slashes.
+/// A pattern for names, with or without slashes.
 #[derive(Clone, Debug)]
-struct Glob(Vec<Term>);
+pub struct Glob(Vec<Term>);
 
 #[derive(Clone, Debug, PartialEq)]
 enum Term {
+    /// `**`
+    All,
+    /// `*`
     Any,
     One,
     Char(char),
-    Class { negated: bool, ranges: Vec<(char, char)> },
+    Class {
+        negated: bool,
+        ranges: Vec<(char, char)>,
+    },
 }
 
 impl Glob {
-    fn parse(text: &str) -> Result<Self, &'static str> {
+    /// Reads a glob.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
         let mut chars = text.chars().peekable();
         let mut terms = Vec::new();
         while let Some(c) = chars.next() {
             terms.push(match c {
-                // Several in a row are one; this keeps the time of matching low.
-                '*' if terms.last() == Some(&Term::Any) => continue,
+                '*' if chars.peek() == Some(&'*') => {
+                    while chars.next_if_eq(&'*').is_some() {}
+                    Term::All
+                }
                 '*' => Term::Any,
                 '?' => Term::One,
                 '\\' => Term::Char(chars.next().ok_or("nothing after \\")?),
@@ -93,34 +103,29 @@ impl Glob {
         Ok(Self(terms))
     }
 
-    fn matches(&self, name: &str) -> bool {
-        let name: Vec<char> = name.chars().collect();
-        let (mut term, mut at) = (0, 0);
-        // Where to go on when it does not fit: behind the last `*`, which then takes one character more.
-        let mut retry = None;
-        while term < self.0.len() || at < name.len() {
-            match self.0.get(term) {
-                Some(Term::Any) => {
-                    retry = Some((term, at + 1));
-                    term += 1;
-                    continue;
-                }
-                Some(one) if name.get(at).is_some_and(|&c| one.takes(c)) => {
-                    term += 1;
-                    at += 1;
-                    continue;
-                }
-                _ => {}
+    /// Whether the glob matches all of `name`. The time is that of one step for each term and character.
+    pub fn matches(&self, name: &str) -> bool {
+        let terms = &self.0;
+        // Whether the terms before this one match what has been read; a star also matches nothing.
+        let skip_stars = |reached: &mut [bool]| {
+            for (at, term) in terms.iter().enumerate() {
+                reached[at + 1] |= reached[at] && term.is_star();
             }
-            match retry {
-                // No name has a slash; `*` would not take one.
-                Some((star, next)) if next <= name.len() && name[next - 1] != '/' => {
-                    (term, at) = (star, next)
+        };
+        let mut reached = vec![false; terms.len() + 1];
+        reached[0] = true;
+        skip_stars(&mut reached);
+        for c in name.chars() {
+            let mut next = vec![false; terms.len() + 1];
+            for (at, term) in terms.iter().enumerate().filter(|(at, _)| reached[*at]) {
+                if term.takes(c) {
+                    next[if term.is_star() { at } else { at + 1 }] = true;
                 }
-                _ => return false,
             }
+            skip_stars(&mut next);
+            reached = next;
         }
-        true
+        reached[terms.len()]
     }
 }
 
@@ -135,11 +140,16 @@ fn bound(chars: &mut Peekable<Chars<'_>>) -> Result<char, &'static str> {
 }
 
 impl Term {
-    /// Whether this one character fits.
+    /// Whether the term matches any number of characters.
+    fn is_star(&self) -> bool {
+        matches!(self, Self::All | Self::Any)
+    }
+
+    /// Whether the term matches this character.
     fn takes(&self, c: char) -> bool {
         match self {
-            Self::Any => false,
-            Self::One => c != '/',
+            Self::All => true,
+            Self::Any | Self::One => c != '/',
             Self::Char(own) => c == *own,
             Self::Class { negated, ranges } => {
                 ranges.iter().any(|&(low, high)| low <= c && c <= high) != *negated

@@ -21,8 +21,9 @@ use crate::oci::read::Image;
 use crate::oci::sign::Signing;
 use crate::progress::Progress;
 use crate::registry::{self, Client, Reference, TRANSPORT};
+use crate::staging::{NewDir, write_file};
 use crate::store::Store;
-use crate::workdir::{Workdir, write_file};
+use crate::workdir::Workdir;
 
 use super::config::{Config, Kind};
 use super::layout::Dest;
@@ -99,8 +100,10 @@ pub fn push(
     }
     let work = options.workdir.clone().unwrap_or_else(|| dest.work());
     fs::create_dir_all(&work).with_context(|| format!("{}: mkdir failed", work.display()))?;
-    let work = tempfile::Builder::new().prefix("image-").tempdir_in(&work).context("mkdir failed")?;
-    let workdir = Workdir::new(work.path());
+    let work =
+        NewDir::create_in(&work, 0o700).with_context(|| format!("{}: mkdir failed", work.display()))?;
+    // Inside, because dehydrating takes the lock of the working directory.
+    let workdir = Workdir::new(work.path().join("build"));
     lay_out(dest, release, &workdir)?;
     let mirrored: BTreeSet<&String> = release.artifacts.iter().map(|(item, _)| &item.arch).collect();
     let how = dehydrate::Options {
@@ -137,12 +140,12 @@ fn has(store: &Store, release: &Release) -> Result<bool> {
 
 /// Makes the directory as `build download` leaves it, with links to the files of the mirror.
 fn lay_out(dest: &Dest, release: &Release, workdir: &Workdir) -> Result<()> {
+    let artifacts = workdir.artifacts();
+    fs::create_dir_all(&artifacts).with_context(|| format!("{}: mkdir failed", artifacts.display()))?;
     write_file(&workdir.stream(), &release.document)?;
     if let Some(signature) = &release.signature {
         write_file(&workdir.stream_signature(), signature)?;
     }
-    let artifacts = workdir.artifacts();
-    fs::create_dir(&artifacts).with_context(|| format!("{}: mkdir failed", artifacts.display()))?;
     let mirror = dest.dir.canonicalize().with_context(|| dest.dir.display().to_string())?;
     for (item, path) in &release.artifacts {
         let (from, to) = (mirror.join(path), artifacts.join(&item.name));

@@ -8,7 +8,7 @@ use anyhow::Result;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use crate::workdir::write_file;
+use crate::staging::write_file;
 
 use super::plan::{Problem, Skipped};
 

@@ -7,7 +7,6 @@
 //! OCI image specification; the names of destinations are those of skopeo and podman.
 
 use std::collections::{BTreeSet, HashMap};
-use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -19,12 +18,12 @@ use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, MediaType};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tempfile::{NamedTempFile, TempDir};
 
 use super::layer::{Tar, tar_header};
 use crate::digest::{Digest, Hasher};
 use crate::registry::{Reference, TRANSPORT};
 use crate::source::Source;
+use crate::staging::{self, NewDir, NewFile, parent, sync_dir};
 use crate::transport::{
     BLOBS, DEFAULT_TAG, INDEX, LAYOUT, MAX_DOCUMENT, blob_path, check_version, oci_digest,
 };
@@ -32,8 +31,9 @@ use crate::transport::{
 /// The longest tag, in bytes; a full reference fits in it.
 const MAX_TAG: usize = 512;
 
-/// What the names of unfinished files begin with.
-const TEMPORARY: &str = ".rehydrator-";
+/// The modes of new files and directories, less the umask, as usual.
+const FILE_MODE: u32 = 0o666;
+const DIR_MODE: u32 = 0o777;
 
 /// Buffer between a layer and its file, in bytes: large enough that writing costs few system calls.
 const BUFFER: usize = 1 << 18;
@@ -113,7 +113,7 @@ struct Files {
     dest: Destination,
     /// The destination is a directory that is there already; new files are staged inside, since it may be a mount.
     in_place: bool,
-    dir: TempDir,
+    dir: NewDir,
 }
 
 impl Staging {
@@ -134,12 +134,9 @@ impl Staging {
         ensure!(!dest.archive || !dest.path.is_dir(), "{}: a directory: expected a file, or oci:DIR", at());
         let beside = if in_place { &dest.path } else { parent(&dest.path) };
         fs::create_dir_all(beside).with_context(at)?;
-        let dir = tempfile::Builder::new()
-            .prefix(TEMPORARY)
-            // Less the umask, as for any new directory; the default is for secrets.
-            .permissions(Permissions::from_mode(0o777))
-            .tempdir_in(beside)
-            .with_context(at)?;
+        // Where a run that found no layout was killed before it had made one.
+        staging::sweep(parent(&dest.path));
+        let dir = NewDir::create_in(beside, DIR_MODE).with_context(at)?;
         fs::create_dir_all(dir.path().join(BLOBS)).with_context(at)?;
         Ok(Self(Place::Files(Files { dest, in_place, dir })))
     }
@@ -231,7 +228,10 @@ fn pass(blobs: &Mutex<HashMap<Digest, Arc<dyn Source>>>, digest: Digest, content
 impl Files {
     /// Adds the blob that `write` writes: digest and size, and what `write` returned.
     fn blob<T>(&self, write: impl FnOnce(&mut dyn Write) -> Result<T>) -> Result<(Digest, u64, T)> {
-        let mut file = new_file(&self.dir.path().join(BLOBS))?;
+        // Goes with the staging directory if it gets no name.
+        let mut file = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(FILE_MODE))
+            .tempfile_in(self.dir.path().join(BLOBS))?;
         let mut out = BufWriter::with_capacity(BUFFER, Hasher::new(file.as_file_mut()));
         let value = write(&mut out)?;
         let (digest, size) = out.into_inner().map_err(io::IntoInnerError::into_error)?.finish();
@@ -241,36 +241,48 @@ impl Files {
     }
 
     fn publish(self, root: Descriptor, others: Vec<(String, Descriptor)>) -> Result<()> {
-        let (stage, dest) = (self.dir.path(), self.dest.path.as_path());
-        let mut index = with_tag(read_index(dest)?, &self.dest.tag, root)?;
-        for (tag, image) in others {
-            index = with_tag(index, &tag, image)?;
-        }
-        let index = to_json(&index)?;
-        if self.in_place {
-            fs::create_dir_all(dest.join(BLOBS))?;
-            for name in blob_names(stage)? {
-                fs::rename(stage.join(&name), dest.join(&name))?;
+        let images: Vec<_> = std::iter::once((self.dest.tag, root)).chain(others).collect();
+        let (mut stage, dest) = (self.dir, self.dest.path.as_path());
+        if !self.in_place {
+            write_layout(stage.path(), &images)?;
+            if self.dest.archive {
+                let mut file = NewFile::create(dest, FILE_MODE)?;
+                archive(stage.path(), BufWriter::with_capacity(BUFFER, &mut file))?;
+                return Ok(file.publish()?);
             }
-            sync_dir(&dest.join(BLOBS))?;
-            replace(dest, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-            return replace(dest, INDEX, &index);
+            sync_dir(&stage.path().join(BLOBS))?;
+            match stage.publish(dest)? {
+                None => return Ok(()),
+                // Another run has made the layout meanwhile.
+                Some(unpublished) => stage = unpublished,
+            }
         }
-        replace(stage, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        replace(stage, INDEX, &index)?;
-        if self.dest.archive {
-            let mut file = new_file(parent(dest))?;
-            archive(stage, BufWriter::with_capacity(BUFFER, file.as_file_mut()))?;
-            file.as_file().sync_all()?;
-            file.persist(dest)?;
-        } else {
-            sync_dir(&stage.join(BLOBS))?;
-            fs::rename(stage, dest)?;
-            // It is no longer where it would be removed from.
-            let _renamed = self.dir.keep();
+        let _lock = lock(dest)?;
+        fs::create_dir_all(dest.join(BLOBS))?;
+        for name in blob_names(stage.path())? {
+            fs::rename(stage.path().join(&name), dest.join(&name))?;
         }
-        sync_dir(parent(dest))
+        sync_dir(&dest.join(BLOBS))?;
+        write_layout(dest, &images)
     }
+}
+
+/// Takes the lock of the layout in `dir`, until the file is closed: its index is one file, and each writer changes what the
+/// writer before it has left. On a file system that cannot lock a directory, such as NFS, there is no lock.
+fn lock(dir: &Path) -> io::Result<File> {
+    let file = File::open(dir)?;
+    while file.lock().is_err_and(|e| e.kind() == io::ErrorKind::Interrupted) {}
+    Ok(file)
+}
+
+/// Writes the documents of the layout in `dir`; its index then has these images, and those it had under other tags.
+fn write_layout(dir: &Path, images: &[(String, Descriptor)]) -> Result<()> {
+    let mut index = read_index(dir)?;
+    for (tag, image) in images {
+        index = with_tag(index, tag, image.clone())?;
+    }
+    replace(dir, LAYOUT, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    Ok(replace(dir, INDEX, &to_json(&index)?)?)
 }
 
 /// The tar file of a layout, sorted, with nothing in it that depends on time or place.
@@ -327,28 +339,11 @@ fn blob_names(dir: &Path) -> io::Result<BTreeSet<PathBuf>> {
     fs::read_dir(dir.join(BLOBS))?.map(|entry| Ok(Path::new(BLOBS).join(entry?.file_name()))).collect()
 }
 
-/// The directory that holds `path`.
-pub(super) fn parent(path: &Path) -> &Path {
-    path.parent().filter(|p| *p != OsStr::new("")).unwrap_or(Path::new("."))
-}
-
-/// A file in `dir` that is gone unless it gets a name.
-fn new_file(dir: &Path) -> io::Result<NamedTempFile> {
-    tempfile::Builder::new().prefix(TEMPORARY).permissions(Permissions::from_mode(0o666)).tempfile_in(dir)
-}
-
 /// Puts a small file in place, whole or not at all.
-fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let mut file = new_file(dir)?;
+fn replace(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let mut file = NewFile::create(&dir.join(name), FILE_MODE)?;
     file.write_all(content)?;
-    file.as_file().sync_all()?;
-    file.persist(dir.join(name))?;
-    sync_dir(dir)
-}
-
-/// Makes new names in `dir` last.
-fn sync_dir(dir: &Path) -> Result<()> {
-    Ok(File::open(dir)?.sync_all()?)
+    file.publish()
 }
 
 #[cfg(test)]

@@ -143,7 +143,7 @@ fn add(signature: &[u8], path: impl Fn(usize) -> PathBuf) -> Result<PathBuf> {
     let path = free.with_context(|| format!("{}: no more signatures", path(MAX_SIGNATURES).display()))?;
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(dir).with_context(|| path.display().to_string())?;
-    crate::workdir::write_file(&path, signature)?;
+    crate::staging::write_file(&path, signature)?;
     Ok(path)
 }
 

@@ -112,10 +112,21 @@ impl Files {
 
     /// What there is for the repository of `reference`.
     pub fn find(&self, reference: &Reference) -> Result<Option<Credentials>> {
+        self.first(|bytes| lookup(bytes, reference))
+    }
+
+    /// Whether there is something for any repository of the registry of `reference`.
+    pub fn has_any(&self, reference: &Reference) -> Result<bool> {
+        let found = self.first(|bytes| Ok(has_any(bytes, reference)?.then_some(())))?;
+        Ok(found.is_some())
+    }
+
+    /// What `look` finds in the first file in which it finds something.
+    fn first<T>(&self, look: impl Fn(&[u8]) -> Result<Option<T>>) -> Result<Option<T>> {
         for path in &self.paths {
             let at = || format!("credentials in {}", path.display());
             let found = match crate::io::read_limited(path, MAX_FILE) {
-                Ok(bytes) => lookup(&bytes, reference).with_context(at)?,
+                Ok(bytes) => look(&bytes).with_context(at)?,
                 Err(e) if self.named || e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(e).with_context(at);
                 }
@@ -148,14 +159,32 @@ struct Entry {
     identitytoken: Option<String>,
 }
 
-fn lookup(bytes: &[u8], reference: &Reference) -> Result<Option<Credentials>> {
-    // Such as /dev/null: the way to say that there are none.
+/// The file of credentials in `bytes`; nothing in an empty one, such as /dev/null: the way to say that there are none.
+fn parse(bytes: &[u8]) -> Result<Option<File>> {
     if bytes.is_empty() {
         return Ok(None);
     }
     // Nothing of the content goes into an error.
-    let file: File = serde_json::from_slice(bytes)
-        .map_err(|e| anyhow::anyhow!("line {}: not a file of credentials", e.line()))?;
+    let file = serde_json::from_slice(bytes).map(Some);
+    file.map_err(|e| anyhow::anyhow!("line {}: not a file of credentials", e.line()))
+}
+
+/// Whether there are credentials for any repository of the registry of `reference`.
+fn has_any(bytes: &[u8], reference: &Reference) -> Result<bool> {
+    let Some(file) = parse(bytes)? else { return Ok(false) };
+    let here = |key: &String| normal(key).split('/').next() == Some(reference.registry());
+    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let entry =
+        |(key, entry): (&String, &Entry)| here(key) && (is_set(&entry.auth) || is_set(&entry.identitytoken));
+    if file.auths.iter().any(entry) || file.cred_helpers.keys().any(here) {
+        return Ok(true);
+    }
+    // A key of Google's, or a store of credentials, which answers for the registry.
+    Ok(lookup(bytes, reference)?.is_some())
+}
+
+fn lookup(bytes: &[u8], reference: &Reference) -> Result<Option<Credentials>> {
+    let Some(file) = parse(bytes)? else { return Ok(None) };
     let registry = reference.registry();
     if file.kind.as_deref() == Some("service_account") {
         let key = std::str::from_utf8(bytes).context("not UTF-8")?;
@@ -291,6 +320,28 @@ mod tests {
         ] {
             assert_eq!(found(&file, reference).as_deref(), expected, "{reference}");
         }
+    }
+
+    #[test]
+    fn credentials_for_any_repository_of_a_registry() {
+        let reference = "h.io/x".parse().unwrap();
+        for (file, expected) in [
+            ("", false),
+            ("{}", false),
+            (r#"{"auths":{"h.io":{"auth":"YTox"}}}"#, true),
+            (r#"{"auths":{"https://h.io/v1/":{"identitytoken":"t"}}}"#, true),
+            (r#"{"auths":{"h.io/other/team":{"auth":"YTox"}}}"#, true),
+            (
+                r#"{"auths":{"h.io":{"auth":""},"h.io:5000":{"auth":"YTox"},"other.io":{"auth":"YTox"}}}"#,
+                false,
+            ),
+            (r#"{"credHelpers":{"h.io":"x"}}"#, true),
+            (r#"{"type":"service_account"}"#, false),
+        ] {
+            assert_eq!(has_any(file.as_bytes(), &reference).unwrap(), expected, "{file}");
+        }
+        let store = has_any(br#"{"credsStore":"no-such-helper"}"#, &reference).unwrap_err();
+        assert_eq!(store.to_string(), "docker-credential-no-such-helper");
     }
 
     #[test]

@@ -47,6 +47,10 @@ const TOKEN_TIME: Duration = Duration::from_secs(60);
 /// A token that lasts less than this is as good as gone: the request that uses it takes time too.
 const TOKEN_LEFT: Duration = Duration::from_secs(10);
 
+/// The most authorizations of a registry that are kept: one for each repository. A server whose clients choose the repository
+/// would have one for every guess.
+const MAX_AUTHORIZATIONS: usize = 256;
+
 /// What a registry calls the digest of what it answers with.
 pub(super) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
@@ -99,6 +103,27 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Whether a client with these options has credentials, or a certificate of its own, for any repository of the registry
+    /// of `reference`.
+    pub fn has_credentials(&self, reference: &Reference) -> Result<bool> {
+        let own = |dir: &Path| {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.into_iter().any(|entry| entry.path().extension().is_some_and(|e| e == "cert"))
+        };
+        let has_certificate = match &self.cert_dir {
+            Some(dir) => own(dir),
+            None => CERTIFICATES.iter().any(|dir| own(&Path::new(dir).join(reference.host()))),
+        };
+        Ok(self.credentials.is_some()
+            || has_certificate
+            || Files::new(self.authfile.as_deref()).has_any(reference)?)
+    }
+
+    /// The same without credentials, whatever files there are.
+    pub fn anonymous(self) -> Self {
+        Self { credentials: None, authfile: Some("/dev/null".into()), ..self }
+    }
+
     /// For pushing: registries are silent while they check or move what they got.
     pub fn patient(self) -> Self {
         Self { stall: Duration::from_secs(15 * 60), ..self }
@@ -474,7 +499,7 @@ impl Client {
         };
         let header = authorization.header.clone();
         let mut all = host.authorizations.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(access.scopes().join(" "), authorization);
+        remember(&mut all, access.scopes().join(" "), authorization);
         Ok(header)
     }
 }
@@ -493,6 +518,15 @@ impl Host {
         let found = all.get(&access.scopes().join(" "))?;
         found.until.is_none_or(|until| Instant::now() < until).then(|| found.header.clone())
     }
+}
+
+/// Keeps an authorization, in place of the one that ends first where there are too many.
+fn remember(all: &mut HashMap<String, Authorization>, scopes: String, authorization: Authorization) {
+    if all.len() >= MAX_AUTHORIZATIONS && !all.contains_key(&scopes) {
+        let first = all.iter().min_by_key(|(_, known)| known.until).map(|(scopes, _)| scopes.clone());
+        first.and_then(|scopes| all.remove(&scopes));
+    }
+    all.insert(scopes, authorization);
 }
 
 fn basic(name: &str, password: &str) -> String {
@@ -748,6 +782,21 @@ impl Read for BlobReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn authorizations_do_not_pile_up() {
+        let mut all = HashMap::new();
+        let until = |seconds| Some(Instant::now() + Duration::from_secs(seconds));
+        let new = |until| Authorization { header: String::new(), until };
+        remember(&mut all, "first to end".into(), new(until(1)));
+        for n in 1..=MAX_AUTHORIZATIONS {
+            remember(&mut all, format!("scope {n}"), new(until(60 + n as u64)));
+        }
+        assert_eq!(all.len(), MAX_AUTHORIZATIONS);
+        assert!(!all.contains_key("first to end"));
+        remember(&mut all, "scope 1".into(), new(until(99)));
+        assert_eq!(all.len(), MAX_AUTHORIZATIONS);
+    }
 
     #[test]
     fn challenges() {

@@ -6,6 +6,6 @@ mod crash;
 mod hostile;
 mod images;
 mod installers;
-mod site;
+pub(crate) mod site;
 mod streams;
 mod trees;

@@ -3,6 +3,6 @@
 
 mod cached;
 mod hostile;
-mod layers;
+pub(crate) mod layers;
 mod mirrored;
 mod trees;

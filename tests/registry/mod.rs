@@ -2,7 +2,7 @@
 //! servers that do what no real one does on demand.
 
 mod client;
-mod image;
+pub(crate) mod image;
 mod many;
 mod skopeo;
 mod trust;

@@ -31,6 +31,11 @@ impl Serve {
         Self { url: format!("http://{}", serving.address), serving }
     }
 
+    /// The number of the process.
+    pub fn id(&self) -> u32 {
+        self.serving.child.id()
+    }
+
     /// Ends it, and gives what it said.
     pub fn log(self) -> String {
         self.serving.log()

@@ -92,7 +92,8 @@ fn listing_and_signature_fit_while_tags_are_pushed() {
     let tmp = temp();
     let registry = Registry::plain(tmp.path());
     let (secret, gpg, fingerprint) = key(tmp.path());
-    let (client, serve) = serve(&registry, &["--ttl=0s", &format!("--sign-key={}", secret.display())]);
+    let (client, serve) =
+        serve(&registry, &["--ttl=0s", "--repository=os", &format!("--sign-key={}", secret.display())]);
     let mut keys = Keys::default();
     keys.add(&gpg.export(&fingerprint)).unwrap();
     push(&client, &registry.reference("os:0"), &[(TAR, "disk.raw", b"0")]);

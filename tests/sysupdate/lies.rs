@@ -75,7 +75,7 @@ fn all_of_250_tags() {
         (0..250).map(|n| (format!("1.{n}"), Layer::honest("disk.raw", format!("disk of 1.{n}").as_bytes())));
     let server = registry(layers.collect());
     let (secret, gpg, fingerprint) = key(tmp.path());
-    let serve = serve(&server, &["--ttl=0s", &format!("--sign-key={}", secret.display())]);
+    let serve = serve(&server, &["--ttl=0s", "--repository=**", &format!("--sign-key={}", secret.display())]);
     assert_eq!(serve.names("deep/in/os").len(), 250);
     let asked = server.lines();
     assert_eq!(asked.iter().filter(|line| line.contains("/tags/list")).count(), 3);

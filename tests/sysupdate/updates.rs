@@ -15,7 +15,16 @@ fn sysupdate_keeps_files_and_trees_up_to_date() {
     let address = format!("--registry=https://{}/team", registry.address);
     let sign = format!("--sign-key={}", secret.display());
     let [auth, certs] = &registry.flags("")[..] else { panic!() };
-    let serve = Serve::start(&[&address, &sign, "--ttl=0s", auth, certs]);
+    let serve = Serve::start(&[
+        &address,
+        &sign,
+        "--repository=*",
+        "--repository=os/**",
+        "--repository=a/*/c/os",
+        "--ttl=0s",
+        auth,
+        certs,
+    ]);
     let public = gpg.run("", &["--export", &fingerprint], b"");
     let system = System::new(&tmp.path().join("system"), &public);
 

@@ -1,20 +1,26 @@
 //! What files a manifest is, and what they are called. Pure: documents in, names out.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageIndex};
 use serde::Deserialize;
 
 use crate::digest::Digest;
 use crate::registry::Platform;
 
-/// Where those who push files say what they are called.
-const TITLE: &str = "org.opencontainers.image.title";
-
 /// A layer that stands for none.
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
 /// The longest name of a file, in bytes: that of Linux.
 const MAX_NAME: usize = 255;
+
+/// The longest manifest or index that is parsed, in bytes: several times what [`MAX_LAYERS`] or [`MAX_IMAGES`] need.
+const MAX_DOCUMENT: usize = 1 << 20;
+
+/// The most layers of a manifest. More than container tools make, and of files there are a few.
+const MAX_LAYERS: usize = 1000;
+
+/// The most images of an index: each of them is compared with the others.
+const MAX_IMAGES: usize = 200;
 
 /// A file in a manifest, whatever tag the manifest has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,12 +38,20 @@ pub(super) struct Part {
 }
 
 impl Part {
+    /// An upper bound of the memory the part takes, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        size_of::<Self>() + self.title.as_ref().map_or(0, String::len) + self.extension.len()
+    }
+
     /// The name of the file in the repository whose name ends with `last`: `LAST-TAG[-ARCH].EXTENSION`. Of several files
-    /// in one manifest each has its title: as it is if the tag is in it, and else behind that.
-    pub(super) fn name(&self, last: &str, tag: &str) -> String {
+    /// in one manifest each has its title: as it is if the tag is in it, and else behind that. `bound` is for a list whose key
+    /// signs for other repositories too: there, a title is only taken as it is if it begins with `last`.
+    pub(super) fn name(&self, last: &str, tag: &str, bound: bool) -> String {
         let arch = self.arch.map(|arch| format!("-{arch}")).unwrap_or_default();
+        let is_own =
+            |title: &str| !bound || title.strip_prefix(last).is_some_and(|rest| rest.starts_with(['-', '_']));
         match &self.title {
-            Some(title) if self.arch.is_none() && names_version(title, tag) => title.clone(),
+            Some(title) if self.arch.is_none() && names_version(title, tag) && is_own(title) => title.clone(),
             Some(title) => format!("{last}-{tag}{arch}.{title}"),
             None => format!("{last}-{tag}{arch}.{}", self.extension),
         }
@@ -62,16 +76,35 @@ pub(super) fn is_name(name: &str) -> bool {
         && !name.is_empty()
 }
 
+/// A layer, as far as it matters here; the rest of a document is not kept.
+#[derive(Deserialize)]
+struct Layer {
+    #[serde(rename = "mediaType")]
+    media_type: String,
+    digest: String,
+    size: u64,
+    #[serde(default)]
+    annotations: Option<Annotations>,
+}
+
+#[derive(Deserialize)]
+struct Annotations {
+    #[serde(rename = "org.opencontainers.image.title")]
+    title: Option<String>,
+}
+
 /// The files of a manifest that is no index.
 pub(super) fn of_image(document: &[u8], arch: Option<&'static str>) -> Result<Vec<Part>> {
     #[derive(Deserialize)]
     struct Image {
         #[serde(alias = "blobs")]
-        layers: Vec<Descriptor>,
+        layers: Vec<Layer>,
     }
+    ensure_short(document)?;
     let image: Image = serde_json::from_slice(document).context("not a manifest of an image")?;
     let mut layers = image.layers;
-    layers.retain(|layer| layer.media_type().to_string() != EMPTY);
+    ensure!(layers.len() <= MAX_LAYERS, "{} layers: more than {MAX_LAYERS}", layers.len());
+    layers.retain(|layer| layer.media_type != EMPTY);
     if layers.len() > 1 {
         let all = layers.len();
         layers.retain(|layer| title(layer).is_some());
@@ -80,30 +113,42 @@ pub(super) fn of_image(document: &[u8], arch: Option<&'static str>) -> Result<Ve
         }
     }
     let several = layers.len() > 1;
-    let part = |layer: &Descriptor| {
-        let digest = layer.digest().to_string();
+    let part = |layer: &Layer| {
+        let title = title(layer);
+        ensure!(
+            title.as_ref().is_none_or(|title| title.len() <= MAX_NAME),
+            "a title of more than {MAX_NAME} bytes"
+        );
         Ok(Part {
             arch,
-            title: title(layer).filter(|_| several),
-            extension: extension(title(layer).as_deref(), layer.media_type().as_ref()),
-            digest: digest
+            extension: extension(title.as_deref(), &layer.media_type),
+            title: title.filter(|_| several),
+            digest: layer
+                .digest
                 .strip_prefix("sha256:")
-                .with_context(|| format!("{digest}: not sha256"))?
+                .with_context(|| format!("digest {:.100?}: not sha256", layer.digest))?
                 .parse()?,
-            size: layer.size(),
+            size: layer.size,
         })
     };
     layers.iter().map(part).collect()
 }
 
+fn ensure_short(document: &[u8]) -> Result<()> {
+    let len = document.len();
+    ensure!(len <= MAX_DOCUMENT, "a document of {len} bytes: more than {MAX_DOCUMENT}");
+    Ok(())
+}
+
 /// The title of a layer, made a name: without slashes.
-fn title(layer: &Descriptor) -> Option<String> {
-    let title = layer.annotations().as_ref()?.get(TITLE)?;
+fn title(layer: &Layer) -> Option<String> {
+    let title = layer.annotations.as_ref()?.title.as_ref()?;
     let title = title.trim_start_matches("./").trim_matches('/').replace('/', "-");
     (!title.is_empty()).then_some(title)
 }
 
 /// The images in an index.
+#[derive(Debug)]
 pub(super) struct Images {
     /// Those that are offered, with the architecture as systemd names it.
     pub(super) offered: Vec<(Descriptor, Option<&'static str>)>,
@@ -113,7 +158,10 @@ pub(super) struct Images {
 
 /// Finds of every architecture the image that most machines can run, and those for no platform in particular.
 pub(super) fn of_index(document: &[u8]) -> Result<Images> {
+    ensure_short(document)?;
     let index: ImageIndex = serde_json::from_slice(document).context("not an index of images")?;
+    let count = index.manifests().len();
+    ensure!(count <= MAX_IMAGES, "{count} images in an index: more than {MAX_IMAGES}");
     let (mut offered, mut left) = (Vec::new(), Vec::new());
     let mut seen = Vec::new();
     for image in index.manifests() {
@@ -130,7 +178,7 @@ pub(super) fn of_index(document: &[u8]) -> Result<Images> {
         let picked = Platform::new(Some("linux"), Some(&arch)).pick(&index);
         match (os.as_str(), architecture(&arch), picked) {
             ("linux", Some(name), Ok(picked)) => offered.push((picked.clone(), Some(name))),
-            _ => left.push(format!("no name for an image for {os}/{arch}")),
+            _ => left.push(format!("no name for an image for {os:.100}/{arch:.100}")),
         }
     }
     Ok(Images { offered, left })
@@ -228,13 +276,60 @@ mod tests {
 
     fn layer(title: &str) -> Value {
         let digest = Digest::of(title.as_bytes()).oci();
-        json!({ "mediaType": "application/x", "digest": digest, "size": 5, "annotations": { TITLE: title } })
+        json!({ "mediaType": "application/x", "digest": digest, "size": 5, "annotations": { "org.opencontainers.image.title": title } })
     }
 
     fn names(layers: &[Value], tag: &str, arch: Option<&'static str>) -> Vec<String> {
         let document = json!({ "schemaVersion": 2, "layers": layers }).to_string();
         let parts = of_image(document.as_bytes(), arch).unwrap();
-        parts.iter().map(|part| part.name("os", tag)).collect()
+        parts.iter().map(|part| part.name("os", tag, false)).collect()
+    }
+
+    #[test]
+    fn names_in_the_list_of_a_shared_key_begin_with_that_of_the_repository() {
+        let titles = ["uki_1.efi", "os_1.efi", "os-1.raw", "os1.raw", "os.1.raw", "other-1.raw", "-1"];
+        let document = json!({ "layers": titles.map(layer) }).to_string();
+        let parts = of_image(document.as_bytes(), None).unwrap();
+        let names: Vec<_> = parts.iter().map(|part| part.name("os", "1", true)).collect();
+        let expected = [
+            "os-1.uki_1.efi",
+            "os_1.efi",
+            "os-1.raw",
+            "os-1.os1.raw",
+            "os-1.os.1.raw",
+            "os-1.other-1.raw",
+            "os-1.-1",
+        ];
+        assert_eq!(names, expected);
+        assert_eq!(parts[0].name("os", "1", false), "uki_1.efi");
+    }
+
+    #[test]
+    fn documents_have_bounds() {
+        let of = |layers: usize| {
+            let layers: Vec<_> = (0..layers).map(|n| layer(&format!("f{n}"))).collect();
+            of_image(json!({ "layers": layers }).to_string().as_bytes(), None).map(|parts| parts.len())
+        };
+        assert_eq!(of(MAX_LAYERS).unwrap(), MAX_LAYERS);
+        assert_eq!(of(MAX_LAYERS + 1).unwrap_err().to_string(), "1001 layers: more than 1000");
+        let images = |count: usize| {
+            let image = json!({ "mediaType": "application/vnd.oci.image.manifest.v1+json", "size": 1,
+                "digest": Digest::of(b"x").oci() });
+            let index = json!({ "schemaVersion": 2, "manifests": vec![image; count] });
+            of_index(index.to_string().as_bytes()).map(|images| images.offered.len())
+        };
+        assert_eq!(images(MAX_IMAGES).unwrap(), MAX_IMAGES);
+        assert_eq!(images(MAX_IMAGES + 1).unwrap_err().to_string(), "201 images in an index: more than 200");
+        let title = |len: usize| {
+            let layers = [layer(&"x".repeat(len)), layer("y")];
+            of_image(json!({ "layers": layers }).to_string().as_bytes(), None)
+        };
+        assert_eq!(title(MAX_NAME).unwrap().len(), 2);
+        assert_eq!(title(MAX_NAME + 1).unwrap_err().to_string(), "a title of more than 255 bytes");
+        let long = format!("{{\"layers\":[]}}{}", " ".repeat(MAX_DOCUMENT));
+        let expected = "a document of 1048589 bytes: more than 1048576";
+        assert_eq!(of_image(long.as_bytes(), None).unwrap_err().to_string(), expected);
+        assert_eq!(of_index(long.as_bytes()).unwrap_err().to_string(), expected);
     }
 
     #[test]

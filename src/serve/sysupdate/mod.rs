@@ -6,20 +6,25 @@
 //!                                                    blobs ─► blob (whole, checked, or a part) ──► client
 //! ```
 //!
-//! Nothing is kept but what can be asked for again: listings for a short time, manifests by digest.
+//! Before that: scope (is the repository offered, whose key signs) and lookups (a client's turn to have the registry asked).
+//!
+//! Nothing is kept but what can be asked for again: listings for a short time, manifests by digest. What a client or the
+//! registry could make endless is bounded: in scope, lookups, repositories and listing, each for what it has.
 
 mod blob;
 mod files;
 mod listing;
+mod lookups;
 mod pairs;
+mod repositories;
+mod scope;
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use axum::Router;
 use axum::extract::{ConnectInfo, Path, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER};
@@ -28,12 +33,15 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 
-use self::listing::{Listing, Refusal};
-use self::pairs::{Half, Pairs};
+use self::listing::{Asked, Listing, Refusal, Signing, Upstream};
+use self::lookups::Lookups;
+use self::pairs::Half;
+use self::repositories::{Repositories, Repository};
+use self::scope::Scope;
+pub use self::scope::{Key, KeyFile, RepositoryGlob};
 use crate::http::Retry;
-use crate::openpgp::Signer;
 use crate::registry::{self, Client, Reference, TRANSPORT};
 
 /// The list of files.
@@ -51,10 +59,7 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Somebody waits for the answer: a registry has seconds, not minutes.
 const RETRY: Retry = Retry { attempts: 3, delay: Duration::from_millis(250) };
 
-/// Repositories that are remembered.
-const MAX_REPOSITORIES: usize = 1000;
-
-/// Repositories that are asked for at once.
+/// Repositories that exist whose tags are asked for at once.
 const MAX_REFRESHES: usize = 8;
 
 /// Files that are sent at once; each takes a thread.
@@ -103,8 +108,10 @@ pub struct Options {
     pub registry: Base,
     /// How to speak to the registry.
     pub client: registry::Options,
-    /// Signs `SHA256SUMS`.
-    pub signer: Option<Signer>,
+    /// Which repositories are offered. None: all, without keys and without credentials for the registry.
+    pub repositories: Vec<RepositoryGlob>,
+    /// The keys that sign `SHA256SUMS`.
+    pub keys: Vec<Key>,
     /// Clients get files from the registry itself.
     pub redirect: bool,
     /// How long tags are taken to be what they were.
@@ -113,34 +120,43 @@ pub struct Options {
 
 struct Offer {
     registry: Base,
-    client: Client,
-    signer: Option<Signer>,
+    scope: Scope,
+    upstream: Upstream,
     redirect: bool,
     ttl: Duration,
-    repositories: StdMutex<HashMap<String, Arc<Repository>>>,
-    refreshes: Semaphore,
+    repositories: Repositories,
+    refreshes: Arc<Semaphore>,
+    lookups: Lookups,
     downloads: Arc<Semaphore>,
-}
-
-struct Repository {
-    reference: Reference,
-    state: Arc<Mutex<listing::State>>,
-    pairs: Pairs<Listing>,
 }
 
 /// Answers `/REPOSITORY/SHA256SUMS`, `/REPOSITORY/SHA256SUMS.gpg` and `/REPOSITORY/FILE`. Clients are told apart by
 /// `ConnectInfo<SocketAddr>`, where the server gives that.
 pub fn router(options: Options) -> Result<Router> {
-    let Options { registry, client, signer, redirect, ttl } = options;
+    let Options { registry, client, repositories, keys, redirect, ttl } = options;
+    let scope = Scope::new(repositories, keys)?;
     let tls_verify = client.tls_verify && !registry.plain;
+    let mut client = registry::Options { tls_verify, retry: RETRY, ..client };
+    if scope.is_open() {
+        let has_credentials = registry.repository("x").map(|any| client.has_credentials(&any)).transpose()?;
+        ensure!(
+            has_credentials != Some(true),
+            "credentials for {}: clients need none, and would read all that they open: \
+             --repository GLOB must say which repositories (\"**\": all of them)",
+            registry.prefix
+        );
+        // Nor those that somebody adds later.
+        client = client.anonymous();
+    }
     let offer = Offer {
         registry,
-        client: Client::new(registry::Options { tls_verify, retry: RETRY, ..client }),
-        signer,
+        scope,
+        upstream: Upstream::new(Client::new(client)),
         redirect,
         ttl,
-        repositories: StdMutex::default(),
-        refreshes: Semaphore::new(MAX_REFRESHES),
+        repositories: Repositories::default(),
+        refreshes: Arc::new(Semaphore::new(MAX_REFRESHES)),
+        lookups: Lookups::default(),
         downloads: Arc::new(Semaphore::new(MAX_DOWNLOADS)),
     };
     Ok(Router::new().route("/{*path}", get(answer)).with_state(Arc::new(offer)))
@@ -152,15 +168,15 @@ async fn answer(State(offer): State<Arc<Offer>>, Path(path): Path<String>, reque
     let (request, _) = request.into_parts();
     let client = client_of(&request);
     let half = match file {
-        SUMS if offer.signer.is_none() => Half::Alone,
+        SUMS if repository.key.is_none() => Half::Alone,
         SUMS => Half::Sums,
-        SIGNATURE if offer.signer.is_none() => return refused(Refusal::Unknown),
+        SIGNATURE if repository.key.is_none() => return refused(Refusal::Unknown),
         SIGNATURE => Half::Signature,
         _ => return offer.file(&repository, file, &client, &request).await,
     };
-    let listing = match offer.listing(&repository).await {
+    let listing = match offer.listing(&repository, &request).await {
         Ok(listing) => listing,
-        Err(refusal) => return refused(refusal),
+        Err(response) => return response,
     };
     let listing = match request.method.as_str() {
         "HEAD" => listing,
@@ -176,47 +192,79 @@ async fn answer(State(offer): State<Arc<Offer>>, Path(path): Path<String>, reque
 }
 
 impl Offer {
-    /// The repository of this name, if it can be one.
+    /// The repository of this name, if it is offered and can be one.
     fn repository(&self, name: &str) -> Option<Arc<Repository>> {
-        let mut all = self.repositories.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = all.get(name) {
-            return Some(known.clone());
+        if !self.scope.offers(name) {
+            return None;
         }
-        let reference = self.registry.repository(name)?;
-        if all.len() >= MAX_REPOSITORIES {
-            // Those that there are, before those that were only asked for.
-            all.retain(|_, known| known.pairs.is_used());
-            if all.len() >= MAX_REPOSITORIES {
-                all.clear();
-            }
-        }
-        let new = Arc::new(Repository { reference, state: Arc::default(), pairs: Pairs::default() });
-        all.insert(name.to_owned(), new.clone());
-        Some(new)
+        let make = || Some(Repository::new(self.registry.repository(name)?, self.scope.key_of(name)));
+        self.repositories.get(name, make)
     }
 
-    /// The listing of a repository as it is, or was not long ago.
-    async fn listing(self: &Arc<Self>, repository: &Repository) -> Result<Arc<Listing>, Refusal> {
+    /// The listing of a repository as it is, or was not long ago; or the answer if there is none. Requests that wait while the
+    /// registry is asked get what it says to the next one.
+    async fn listing(
+        self: &Arc<Self>,
+        repository: &Arc<Repository>,
+        request: &Parts,
+    ) -> Result<Arc<Listing>, Response> {
+        let arrived = Instant::now();
         let mut state = repository.state.clone().lock_owned().await;
-        let fresh = |(at, found): &(Instant, Result<_, Refusal>)| {
-            at.elapsed() < if found.is_ok() { self.ttl } else { self.ttl.min(PAUSE) }
+        let is_fresh = |asked: &&Asked| {
+            let lifetime = match asked.found {
+                // What does not exist, or is of no use, is remembered as long as what does.
+                Ok(_) | Err(Refusal::Unknown | Refusal::Unusable) => self.ttl,
+                Err(Refusal::Silent) => self.ttl.min(PAUSE),
+            };
+            asked.began >= arrived || asked.ended.elapsed() < lifetime
         };
-        if let Some((_, found)) = state.asked.as_ref().filter(|asked| fresh(asked)) {
-            return found.clone();
+        if let Some(asked) = state.asked.as_ref().filter(is_fresh) {
+            return asked.found.clone().map_err(refused);
         }
-        let _permit = self.refreshes.acquire().await.map_err(|_| Refusal::Registry)?;
-        let (offer, reference) = (self.clone(), repository.reference.clone());
+        let (turn, permit) = match repository.exists() {
+            true => (None, self.refreshes.clone().acquire_owned().await.ok()),
+            false => (Some(self.lookups.turn(address_of(request)).await.ok_or_else(busy)?), None),
+        };
+        let (offer, repository) = (self.clone(), repository.clone());
         let refreshed = tokio::task::spawn_blocking(move || {
-            state.refresh(&offer.client, &reference, offer.signer.as_ref());
-            state.asked.as_ref().map(|(_, found)| found.clone())
+            // Until the registry has answered, even if the client has gone.
+            let _held = (turn, permit);
+            let signing = repository
+                .key
+                .map(|key| Signing { signer: offer.scope.signer(key), is_own: offer.scope.is_own(key) });
+            let existed = repository.exists();
+            state.refresh(&offer.upstream, &repository.reference, signing.as_ref());
+            let found = state.asked.as_ref().map(|asked| asked.found.clone());
+            let exists = match found {
+                Some(Ok(_)) => true,
+                Some(Err(Refusal::Unknown)) => false,
+                _ => existed,
+            };
+            offer.repositories.note(&repository, exists, state.memory() + repository.pairs.memory());
+            if exists && !existed && signing.is_some() {
+                offer.warn_of_confusable(&repository);
+            }
+            found
         });
-        refreshed.await.ok().flatten().unwrap_or(Err(Refusal::Registry))
+        refreshed.await.ok().flatten().unwrap_or(Err(Refusal::Silent)).map_err(refused)
+    }
+
+    /// Says in the log when a signed list could be given out as that of another repository.
+    fn warn_of_confusable(&self, repository: &Repository) {
+        if let Some(other) = self.repositories.confusable(repository) {
+            tracing::warn!(
+                "{} and {}: one key signs for both, and files of one can have the names of the other: \
+                 --sign-key GLOB=FILE gives each a key of its own",
+                repository.reference.name(),
+                other.reference.name()
+            );
+        }
     }
 
     /// A file, as it is in the listing that the client has, or else as it is now.
     async fn file(
         self: &Arc<Self>,
-        repository: &Repository,
+        repository: &Arc<Repository>,
         name: &str,
         client: &str,
         request: &Parts,
@@ -224,33 +272,32 @@ impl Offer {
         let had = repository.pairs.of(client).and_then(|listing| listing.files.get(name).copied());
         let file = match had {
             Some(file) => file,
-            None => match self.listing(repository).await.map(|listing| listing.files.get(name).copied()) {
-                Ok(Some(file)) => file,
-                Ok(None) => return refused(Refusal::Unknown),
-                Err(refusal) => return refused(refusal),
+            None => match self.listing(repository, request).await {
+                Ok(listing) => match listing.files.get(name) {
+                    Some(file) => *file,
+                    None => return refused(Refusal::Unknown),
+                },
+                Err(response) => return response,
             },
         };
         if self.redirect {
-            let (client, reference) = (self.client.clone(), repository.reference.clone());
+            let (client, reference) = (self.upstream.client.clone(), repository.reference.clone());
             let location = move || client.blob_location(&reference, file.0);
             return match tokio::task::spawn_blocking(location).await {
                 Ok(Ok(url)) => (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, url)]).into_response(),
-                _ => refused(Refusal::Registry),
+                _ => refused(Refusal::Silent),
             };
         }
-        let Ok(permit) = self.downloads.clone().try_acquire_owned() else {
-            return (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "5")]).into_response();
-        };
+        let Ok(permit) = self.downloads.clone().try_acquire_owned() else { return busy() };
         let asked = (&request.method, &request.headers);
-        blob::answer(&self.client, &repository.reference, file, asked, permit).await
+        blob::answer(&self.upstream.client, &repository.reference, file, asked, permit).await
     }
 }
 
 /// Who asks, as far as it can be told: an address, and what proxies on the way say. Nothing but the choice between two
 /// listings depends on it.
 fn client_of(request: &Parts) -> String {
-    let address =
-        request.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip());
+    let address = address_of(request);
     let said = |headers: &HeaderMap, name| {
         let value = headers.get(name).and_then(|value| value.to_str().ok());
         value.unwrap_or_default().chars().take(200).collect::<String>()
@@ -259,10 +306,19 @@ fn client_of(request: &Parts) -> String {
     format!("{address:?} {} {}", said(headers, "x-forwarded-for"), said(headers, "forwarded"))
 }
 
+/// The address that a request comes from.
+fn address_of(request: &Parts) -> Option<IpAddr> {
+    request.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip())
+}
+
+fn busy() -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "5")]).into_response()
+}
+
 fn refused(refusal: Refusal) -> Response {
     match refusal {
         Refusal::Unknown => (StatusCode::NOT_FOUND, "not found\n").into_response(),
-        Refusal::Registry => {
+        Refusal::Silent | Refusal::Unusable => {
             (StatusCode::BAD_GATEWAY, "the registry does not answer as it should\n").into_response()
         }
     }

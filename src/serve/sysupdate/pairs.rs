@@ -6,11 +6,14 @@
 //! many tags have been pushed meanwhile. A request that would begin another pair with the old listing waits until those
 //! that were begun are whole, so that a client that asks without a pause gets to the new listing too.
 //!
+//! Nothing here keeps a listing: a client whose listing is gone, because there have been too many since, gets the newest.
+//!
 //! A client that never asks for signatures never makes a pair whole: it is not waited for after [`WAIT`], and what it
 //! began more than [`OPEN`] ago does not count.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -37,14 +40,16 @@ pub(super) enum Half {
 
 /// What the clients of a repository have got. `L` is a listing.
 pub(super) struct Pairs<L> {
-    clients: Mutex<HashMap<String, Pair<L>>>,
+    /// By a hash of what they are: a number, however long that is. Only the choice between two listings depends on it.
+    clients: Mutex<HashMap<u64, Pair<L>>>,
+    hasher: RandomState,
     /// A pair has become whole.
     whole: Notify,
     wait: Duration,
 }
 
 struct Pair<L> {
-    listing: Arc<L>,
+    listing: Weak<L>,
     /// So many more sums than signatures of it were given.
     open: i64,
     last: Instant,
@@ -52,7 +57,7 @@ struct Pair<L> {
 
 impl<L> Default for Pairs<L> {
     fn default() -> Self {
-        Self { clients: Mutex::default(), whole: Notify::new(), wait: WAIT }
+        Self { clients: Mutex::default(), hasher: RandomState::new(), whole: Notify::new(), wait: WAIT }
     }
 }
 
@@ -64,36 +69,38 @@ impl<L> Pairs<L> {
             Half::Signature => -1,
             Half::Alone => 0,
         };
+        let client = self.hasher.hash_one(client);
         let deadline = Instant::now() + self.wait;
         loop {
             let waiting = {
                 let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
                 let now = Instant::now();
-                if clients.len() >= MAX_CLIENTS && !clients.contains_key(client) {
+                if clients.len() >= MAX_CLIENTS && !clients.contains_key(&client) {
                     clients.retain(|_, pair| pair.last + OPEN > now);
                     if clients.len() >= MAX_CLIENTS {
                         return current;
                     }
                 }
-                let pair = clients.entry(client.to_owned()).or_insert_with(|| Pair {
-                    listing: current.clone(),
+                let pair = clients.entry(client).or_insert_with(|| Pair {
+                    listing: Arc::downgrade(&current),
                     open: 0,
                     last: now,
                 });
                 if pair.last + OPEN <= now {
                     pair.open = 0;
                 }
-                let mut same = Arc::ptr_eq(&pair.listing, &current);
-                if !same && (pair.open == 0 || now >= deadline) {
-                    (pair.listing, pair.open, same) = (current.clone(), 0, true);
+                let held = pair.listing.upgrade().filter(|held| !Arc::ptr_eq(held, &current));
+                let held = held.filter(|_| pair.open != 0 && now < deadline);
+                if held.is_none() && !std::ptr::eq(pair.listing.as_ptr(), Arc::as_ptr(&current)) {
+                    (pair.listing, pair.open) = (Arc::downgrade(&current), 0);
                 }
-                if same || pair.open.signum() == -step {
+                if held.is_none() || pair.open.signum() == -step {
                     pair.open += step;
                     pair.last = now;
                     if pair.open == 0 {
                         self.whole.notify_waiters();
                     }
-                    return pair.listing.clone();
+                    return held.unwrap_or(current);
                 }
                 self.whole.notified()
             };
@@ -101,16 +108,17 @@ impl<L> Pairs<L> {
         }
     }
 
-    /// Whether anybody has got anything.
-    pub(super) fn is_used(&self) -> bool {
-        !self.clients.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    /// About what the clients take, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.capacity() * size_of::<(u64, Pair<L>)>()
     }
 
     /// The listing that `client` has got not long ago.
     pub(super) fn of(&self, client: &str) -> Option<Arc<L>> {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let pair = clients.get(client).filter(|pair| pair.last.elapsed() < FILES)?;
-        Some(pair.listing.clone())
+        let pair = clients.get(&self.hasher.hash_one(client)).filter(|pair| pair.last.elapsed() < FILES)?;
+        pair.listing.upgrade()
     }
 }
 
@@ -149,10 +157,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_listing_that_is_gone_is_replaced() {
+        let pairs = Pairs::default();
+        pairs.choose("a", Arc::new(1), Sums).await;
+        assert!(pairs.of("a").is_none());
+        let new = Arc::new(2);
+        assert_eq!(*pairs.choose("a", new.clone(), Sums).await, 2);
+        assert_eq!(pairs.of("a").as_deref(), Some(&2));
+    }
+
+    #[tokio::test]
     async fn nobody_waits_for_who_takes_no_signatures() {
         let pairs = Pairs { wait: Duration::ZERO, ..Pairs::default() };
         let (old, new) = (Arc::new(1), Arc::new(2));
-        pairs.choose("a", old, Sums).await;
+        pairs.choose("a", old.clone(), Sums).await;
         assert_eq!(*pairs.choose("a", new, Sums).await, 2);
     }
 }
