@@ -9,6 +9,7 @@ const ORDER: &[&str] = &[
     "bytes",
     "digest",
     "io",
+    "bounded",
     "memory",
     "progress",
     "stream",

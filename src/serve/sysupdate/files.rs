@@ -1,14 +1,13 @@
 //! What files a manifest is, and what they are called. Pure: documents in, names out.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageIndex};
 use serde::Deserialize;
 
+use crate::bounded::{AtMost, shown};
 use crate::digest::Digest;
 use crate::registry::Platform;
-
-/// Where those who push files say what they are called.
-const TITLE: &str = "org.opencontainers.image.title";
+use crate::transport::{MAX_LAYERS, MAX_MANIFESTS};
 
 /// A layer that stands for none.
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
@@ -67,40 +66,60 @@ pub(super) fn of_image(document: &[u8], arch: Option<&'static str>) -> Result<Ve
     #[derive(Deserialize)]
     struct Image {
         #[serde(alias = "blobs")]
-        layers: Vec<Descriptor>,
+        layers: AtMost<Layer, MAX_LAYERS>,
     }
     let image: Image = serde_json::from_slice(document).context("not a manifest of an image")?;
-    let mut layers = image.layers;
-    layers.retain(|layer| layer.media_type().to_string() != EMPTY);
+    let mut layers = image.layers.0;
+    layers.retain(|layer| layer.media_type != EMPTY);
     if layers.len() > 1 {
         let all = layers.len();
-        layers.retain(|layer| title(layer).is_some());
+        layers.retain(|layer| layer.title().is_some());
         if layers.is_empty() {
             bail!("{all} layers without titles are not one file");
         }
     }
     let several = layers.len() > 1;
-    let part = |layer: &Descriptor| {
-        let digest = layer.digest().to_string();
+    let part = |layer: &Layer| {
+        let digest = &layer.digest;
         Ok(Part {
             arch,
-            title: title(layer).filter(|_| several),
-            extension: extension(title(layer).as_deref(), layer.media_type().as_ref()),
+            title: layer.title().filter(|_| several),
+            extension: extension(layer.title().as_deref(), &layer.media_type),
             digest: digest
                 .strip_prefix("sha256:")
-                .with_context(|| format!("{digest}: not sha256"))?
+                .with_context(|| format!("{}: not sha256", shown(digest.as_bytes())))?
                 .parse()?,
-            size: layer.size(),
+            size: layer.size,
         })
     };
     layers.iter().map(part).collect()
 }
 
-/// The title of a layer, made a name: without slashes.
-fn title(layer: &Descriptor) -> Option<String> {
-    let title = layer.annotations().as_ref()?.get(TITLE)?;
-    let title = title.trim_start_matches("./").trim_matches('/').replace('/', "-");
-    (!title.is_empty()).then_some(title)
+/// A layer of an image, as far as it is a file.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Layer {
+    media_type: String,
+    digest: String,
+    size: u64,
+    #[serde(default)]
+    annotations: Option<Annotations>,
+}
+
+#[derive(Deserialize)]
+struct Annotations {
+    /// Where those who push files say what they are called.
+    #[serde(rename = "org.opencontainers.image.title")]
+    title: Option<String>,
+}
+
+impl Layer {
+    /// The title, made a name: without slashes. One that is longer than a name can be is none.
+    fn title(&self) -> Option<String> {
+        let title = self.annotations.as_ref()?.title.as_ref().filter(|title| title.len() <= MAX_NAME)?;
+        let title = title.trim_start_matches("./").trim_matches('/').replace('/', "-");
+        (!title.is_empty()).then_some(title)
+    }
 }
 
 /// The images in an index.
@@ -114,6 +133,8 @@ pub(super) struct Images {
 /// Finds of every architecture the image that most machines can run, and those for no platform in particular.
 pub(super) fn of_index(document: &[u8]) -> Result<Images> {
     let index: ImageIndex = serde_json::from_slice(document).context("not an index of images")?;
+    let images = index.manifests().len();
+    ensure!(images <= MAX_MANIFESTS, "an index of {images} images: more than {MAX_MANIFESTS}");
     let (mut offered, mut left) = (Vec::new(), Vec::new());
     let mut seen = Vec::new();
     for image in index.manifests() {
@@ -199,6 +220,8 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    const TITLE: &str = "org.opencontainers.image.title";
 
     #[test]
     fn extensions() {
