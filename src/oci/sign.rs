@@ -285,3 +285,23 @@ fn cosigned(
     }
     Err(last.unwrap_or_else(|| anyhow::anyhow!("no signature in {tag}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_that_says_two_things() {
+        let (digest, name) = (Digest::of(b"image"), "h.io/app:1".parse().unwrap());
+        for kind in TYPES {
+            let good = String::from_utf8(payload(kind, &name, digest).unwrap()).unwrap();
+            check(good.as_bytes(), kind, Some(&name), digest).unwrap();
+            for key in ["docker-manifest-digest", "docker-reference", "type", "critical"] {
+                let twice = good.replacen(&format!("\"{key}\":"), &format!("\"{key}\": 1, \"{key}\":"), 1);
+                assert_ne!(twice, good);
+                let e = check(twice.as_bytes(), kind, Some(&name), digest).unwrap_err();
+                assert!(format!("{e:#}").starts_with(&format!("not JSON: the key \"{key}\" twice")), "{e:#}");
+            }
+        }
+    }
+}

@@ -833,6 +833,39 @@ mod tests {
         assert!(clean(b"..").is_err());
     }
 
+    /// What is removed may have been made by others.
+    #[test]
+    fn removing_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = rustix::fs::open(dir.path(), AS_DIR, Mode::empty()).unwrap();
+        let deep = |count: u16| {
+            let mut at = rustix::io::fcntl_dupfd_cloexec(&top, 0).unwrap();
+            for _ in 0..count {
+                rustix::fs::mkdirat(&at, c"d", UNFINISHED).unwrap();
+                at = rustix::fs::openat(&at, c"d", AS_DIR, Mode::empty()).unwrap();
+            }
+        };
+        deep(MAX_REMOVED_DEPTH);
+        remove(top.as_fd(), b"d").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        deep(MAX_REMOVED_DEPTH + 2);
+        let e = remove(top.as_fd(), b"d").unwrap_err().to_string();
+        assert_eq!(e, "nested more than 900 deep");
+    }
+
+    #[test]
+    fn kinds_of_notices_are_bounded() {
+        let mut notices = Notices::default();
+        for n in 0..1_000_000 {
+            notices.add(format!("kind {n:07}"), b"file");
+        }
+        notices.add("kind 0000003", b"other");
+        let lines: Vec<_> = notices.lines().collect();
+        assert_eq!(lines.len(), MAX_KINDS + 1);
+        assert_eq!(lines[3], "file and 1 more: kind 0000003");
+        assert_eq!(lines[MAX_KINDS], format!("file and 999899 more: {OTHER_KINDS}"));
+    }
+
     #[test]
     fn owners_are_recorded_as_a_protocol_buffer() {
         assert_eq!(recorded(0, 0), b"");

@@ -315,3 +315,27 @@ impl Read for Buffers {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::tree::Owners;
+    use super::*;
+
+    #[test]
+    fn members_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = Rules { owners: Owners::Dropped, setuid: true, devices: true };
+        let root = OwnedFd::from(File::open(dir.path()).unwrap());
+        let mut unpacker = Unpacker::new(root, rules, u64::MAX).unwrap();
+        unpacker.members = MAX_MEMBERS - 2;
+        let mut layer = tar::Builder::new(Vec::new());
+        for name in ["a", "new/b"] {
+            layer.append_data(&mut tar::Header::new_gnu(), name, io::empty()).unwrap();
+        }
+        let e = unpacker.layer(&layer.into_inner().unwrap()[..], None).unwrap_err();
+        assert_eq!(e.to_string(), "the image has more than 4194304 members");
+        assert!(fs::exists(dir.path().join("new/b")).unwrap());
+    }
+}

@@ -46,7 +46,7 @@ const MAX_TAG_BYTES: u64 = 64 << 20;
 
 /// The most manifests that refer to one, and the most bytes of all pages that name them: those of an index, which is made of
 /// them.
-const MAX_REFERRERS: usize = 4096;
+const MAX_REFERRERS: usize = 1000;
 const MAX_REFERRER_BYTES: u64 = MAX_MANIFEST;
 
 /// The most that an archive of an image takes when decompressed unless told otherwise, in bytes: more than any image of a

@@ -38,7 +38,7 @@ pub const MAX_LAYERS: usize = 4096;
 
 /// The most manifests of an image, with those in all of its indexes and those of what belongs to it: an index has some
 /// twenty, and one that is signed and attested in all its parts some hundred.
-pub const MAX_MANIFESTS: usize = 4096;
+pub const MAX_MANIFESTS: usize = 1000;
 
 /// The most bytes of all these manifests together: all of them are in memory while an image is copied.
 pub const MAX_MANIFEST_BYTES: u64 = 64 << 20;
