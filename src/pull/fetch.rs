@@ -170,7 +170,8 @@ impl<'a> Fetcher<'a> {
                 let file = Arc::new(file);
                 blob.change(|state| state.new = true);
                 if let Err(e) = self.download(descriptor, digest, blob, &file) {
-                    if e.is::<Mismatch>() || e.is::<TooMuch>() {
+                    let wrong = e.is::<Mismatch>() || e.is::<TooMuch>();
+                    if wrong || file.metadata()?.len() == 0 {
                         // Nothing to go on with.
                         cache.abandon(digest, &file)?;
                     }

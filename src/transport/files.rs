@@ -16,6 +16,9 @@ use crate::untar::{Archive, Kind};
 /// The most files that an archive may hold; an image has a hundred.
 const MAX_FILES: usize = 1 << 16;
 
+/// The most bytes of the names of these files together, all of which are in memory.
+const MAX_NAMES: usize = 8 << 20;
+
 /// What a compressed archive of an image may have beside the image, in bytes: headers, documents, padding.
 const REST: u64 = 16 << 20;
 
@@ -77,7 +80,7 @@ impl Files {
             file = plain;
         }
         file.seek(SeekFrom::Start(0))?;
-        let mut members = HashMap::new();
+        let (mut members, mut names) = (HashMap::new(), 0);
         let mut archive = Archive::new(BufReader::new(file.try_clone()?));
         while let Some(member) = archive.next_member()? {
             let name = clean(&member.path);
@@ -98,6 +101,8 @@ impl Files {
                 }
                 _ => continue,
             };
+            names += member.path.len() + member.link.len();
+            ensure!(names <= MAX_NAMES, "names of more than {MAX_NAMES} bytes");
             members.insert(name, found);
             ensure!(members.len() <= MAX_FILES, "more than {MAX_FILES} files");
         }
