@@ -446,7 +446,9 @@ pub struct Pull {
     /// containers-storage:NAME (with the help of skopeo)
     #[arg(value_name = "REF")]
     pub reference: String,
-    /// The directory to make: it is there when all of the image is in it, and not before
+    /// The directory to make: it is there when all of the image is in it, and not before. An image with setuid files,
+    /// capabilities or devices is a risk where other users reach it: then only the owner of the directory can enter it
+    /// (mode 0700), unless a directory above it is closed to others, as /var/lib/machines is
     pub dir: PathBuf,
     /// Replace the directory if it is there
     #[arg(long)]
@@ -466,9 +468,19 @@ pub struct Pull {
     /// Do not set owners, which takes root, but record them in the attribute user.rootlesscontainers
     #[arg(long)]
     pub rootless: bool,
-    /// Fail when the files take more than this together [default: 64G]
+    /// Fail when the files of the image, its layers, or the archive that it is in take more than this together
+    /// [default: 64G]
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub max_size: Option<u64>,
+    /// Leave out what lets a file do more than the user who starts it: setuid and setgid bits, capabilities
+    #[arg(long)]
+    pub no_setuid: bool,
+    /// Leave out devices
+    #[arg(long)]
+    pub no_devices: bool,
+    /// Fetch layers that the registry does not have from the URLs in the manifest, which may name any server
+    #[arg(long)]
+    pub foreign_layers: bool,
     #[command(flatten)]
     #[allow(missing_docs, reason = "flattened")]
     pub images: Images,

@@ -237,6 +237,11 @@ impl Answer {
         self.response.status()
     }
 
+    /// Where it came from, after all redirects.
+    pub fn url(&self) -> &reqwest::Url {
+        self.response.url()
+    }
+
     /// The headers.
     pub fn headers(&self) -> &HeaderMap {
         self.response.headers()

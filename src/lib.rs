@@ -13,6 +13,7 @@
 
 pub use engine::{bytes, fold, io, source};
 
+pub mod bounded;
 pub mod catalog;
 pub mod cli;
 pub mod copy;

@@ -23,9 +23,9 @@ use rehydrator::openpgp::Signer;
 use rehydrator::produce::Check;
 use rehydrator::progress::Progress;
 use rehydrator::pull::cache::{self, Cache};
-use rehydrator::pull::{self, Owners};
+use rehydrator::pull::{self, Owners, Rules};
 use rehydrator::recipe::Tier;
-use rehydrator::registry::{Client, Platform};
+use rehydrator::registry::{self, Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::serve::listen::{Limits, TlsFiles};
 use rehydrator::source::{self, Source};
@@ -496,14 +496,23 @@ fn run_pull(args: &cli::Pull, progress: &Progress, out: &mut dyn Write) -> Resul
         platform: Platform { os: args.os.clone(), arch: args.arch.clone(), variant: args.variant.clone() },
         force: args.force,
         cache: cache_of(&args.cache)?,
-        owners: match (args.rootless, root) {
-            (true, _) => Owners::Recorded,
-            (false, true) => Owners::Set,
-            (false, false) => Owners::Dropped,
+        rules: Rules {
+            owners: match (args.rootless, root) {
+                (true, _) => Owners::Recorded,
+                (false, true) => Owners::Set,
+                (false, false) => Owners::Dropped,
+            },
+            setuid: !args.no_setuid,
+            devices: !args.no_devices,
         },
         max_size: args.max_size.unwrap_or(pull::MAX_SIZE),
     };
-    let transport = transport::open(&args.reference, args.images.options())?;
+    let from = registry::Options {
+        foreign_layers: args.foreign_layers,
+        max_archive: options.max_size,
+        ..args.images.options()
+    };
+    let transport = transport::open(&args.reference, from)?;
     let pulled = pull::pull(&*transport, &args.dir, &options, &policy(&args.images.signed)?, progress)
         .with_context(|| format!("image {}", args.reference))?;
     tracing::info!("{} layers, {} fetched", pulled.layers, pulled.fetched);

@@ -10,6 +10,8 @@ use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use anyhow::{Context, Result, bail, ensure};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
+use crate::bounded::shown;
+
 /// The unit of the format, in bytes.
 const BLOCK: usize = 512;
 
@@ -259,7 +261,7 @@ impl<R: Input> Archive<R> {
         let path = named.map_or_else(|| header.path_bytes().into_owned(), <[u8]>::to_vec);
         let link = extensions.link.as_deref().or_else(|| extensions.get("linkpath"));
         let link = link.map_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned(), Vec::from);
-        let at = || format!("member {:?}", String::from_utf8_lossy(&path));
+        let at = || format!("member {:?}", shown(&path));
         ensure!(!path.contains(&0) && !link.contains(&0), "{}: a name with a zero byte", at());
         let kind = match header.entry_type().as_byte() {
             // Before there were directories in archives, this made one.

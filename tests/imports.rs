@@ -10,6 +10,7 @@ const ORDER: &[&str] = &[
     "digest",
     "io",
     "staging",
+    "bounded",
     "memory",
     "progress",
     "stream",

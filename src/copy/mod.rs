@@ -16,20 +16,28 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::image::{Descriptor, ImageIndex};
+use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use rayon::prelude::*;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
+use crate::bounded::{AtMost, shown};
 use crate::digest::{Digest, Hasher};
 use crate::mirror::filter::{Filter, Filters};
 use crate::oci::layout::{Destination, Staging};
 use crate::oci::sign::Policy;
 use crate::progress::Progress;
 use crate::registry::{Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index};
-use crate::transport::{self, Transport, belongs, blob_path};
+use crate::transport::{self, MAX_LAYERS, MAX_MANIFESTS, Totals, Transport, belongs, blob_path};
 
 /// How many blobs of an image are copied at once.
 const PARALLEL: usize = 4;
+
+/// The most tags that an error tells of.
+const MAX_TOLD: u64 = 100;
+
+/// The most blobs of an image, in all of its manifests together.
+const MAX_BLOBS: usize = 1 << 16;
 
 /// What cosign appends to `sha256-HEX` for signatures, attestations and bills of materials.
 const COSIGN: [&str; 3] = [".sig", ".att", ".sbom"];
@@ -105,7 +113,38 @@ impl Place {
 struct Parts {
     /// Children before those that name them.
     manifests: Vec<Manifest>,
+    /// Those in `manifests`, and those that are about to be.
+    seen: HashSet<Digest>,
     blobs: HashMap<Digest, Descriptor>,
+}
+
+/// A document of any kind, as far as copying it goes: not as strict as a pull, since artifacts are copied too. What it says
+/// besides is not kept in memory.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Document {
+    schema_version: u64,
+    #[serde(default)]
+    manifests: AtMost<Part, MAX_MANIFESTS>,
+    config: Option<Part>,
+    #[serde(default)]
+    layers: AtMost<Part, MAX_LAYERS>,
+}
+
+/// What a document names.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Part {
+    media_type: MediaType,
+    digest: oci_spec::image::Digest,
+    size: u64,
+    urls: Option<Vec<IgnoredAny>>,
+}
+
+impl Part {
+    fn descriptor(self) -> Descriptor {
+        Descriptor::new(self.media_type, self.size, self.digest)
+    }
 }
 
 /// Copies images.
@@ -135,16 +174,21 @@ impl<'a> Copier<'a> {
         }
         let filters = filters(&options.tags)?;
         let tags = from.tags().with_context(|| format!("image {source}"))?;
-        let mut failed = Vec::new();
+        let (mut failed, mut failures) = (Vec::new(), 0u64);
         // What belongs to images comes along with them.
         for tag in tags.iter().filter(|tag| !belongs(tag) && filters.take(tag)) {
             let result = from.tagged(tag).and_then(|image| {
                 let image = image.context("not there any more")?;
                 self.image(&*image, source, &to.with_tag(tag)?, options, &mut copied)
             });
-            failed.extend(result.err().map(|e| format!("\ntag {tag}: {e:#}")));
+            if let Err(e) = result {
+                failures += 1;
+                failed.extend(
+                    (failures <= MAX_TOLD).then(|| format!("\ntag {}: {e:#}", shown(tag.as_bytes()))),
+                );
+            }
         }
-        ensure!(failed.is_empty(), "image {source}: {} tags failed:{}", failed.len(), failed.concat());
+        ensure!(failures == 0, "image {source}: {failures} tags failed:{}", failed.concat());
         Ok(copied)
     }
 
@@ -161,7 +205,8 @@ impl<'a> Copier<'a> {
         if !options.platforms.is_empty() && is_index(&root.media_type) {
             root = self.only(&root, &options.platforms)?;
         }
-        let mut images = self.one(from, source, root, to, options, copied)?;
+        let mut totals = Totals::default();
+        let mut images = self.one(from, source, root, to, options, &mut totals, copied)?;
         if !to.holds_several() {
             return Ok(());
         }
@@ -173,7 +218,7 @@ impl<'a> Copier<'a> {
             let name = format!("sha256-{digest}");
             for tag in COSIGN.map(|suffix| format!("{name}{suffix}")) {
                 let Some(more) = from.tagged(&tag)? else { continue };
-                self.one(&*more, source, more.root()?, &to.with_tag(&tag)?, options, copied)?;
+                self.one(&*more, source, more.root()?, &to.with_tag(&tag)?, options, &mut totals, copied)?;
             }
             if !options.referrers {
                 continue;
@@ -184,7 +229,8 @@ impl<'a> Copier<'a> {
             };
             if let Some(index) = index {
                 // What refers to these comes along, too.
-                images.extend(self.one(from, source, index, &to.with_tag(&name)?, options, copied)?);
+                let to = to.with_tag(&name)?;
+                images.extend(self.one(from, source, index, &to, options, &mut totals, copied)?);
             }
         }
         Ok(())
@@ -207,6 +253,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Copies one image; gives the digests of its manifests.
+    #[allow(clippy::too_many_arguments, reason = "all of them different")]
     fn one(
         &self,
         from: &dyn Transport,
@@ -214,10 +261,12 @@ impl<'a> Copier<'a> {
         root: Manifest,
         to: &Place,
         options: &Options,
+        totals: &mut Totals,
         copied: &mut Copied,
     ) -> Result<Vec<Digest>> {
         let mut parts = Parts::default();
-        collect(from, root, &mut parts, 0)?;
+        parts.seen.insert(root.digest);
+        collect(from, root, &mut parts, totals, 0)?;
         let digests = parts.manifests.iter().map(|manifest| manifest.digest).collect();
         match to {
             Place::Registry(client, reference) => {
@@ -323,33 +372,32 @@ fn count(copied: &mut Copied, sent: bool, size: u64) {
 }
 
 /// Finds all that an image is made of.
-fn collect(from: &dyn Transport, document: Manifest, parts: &mut Parts, depth: usize) -> Result<()> {
+fn collect(
+    from: &dyn Transport,
+    document: Manifest,
+    parts: &mut Parts,
+    totals: &mut Totals,
+    depth: usize,
+) -> Result<()> {
     ensure!(depth <= transport::MAX_NESTED, "indexes nested more than {} deep", transport::MAX_NESTED);
-    if parts.manifests.iter().any(|known| known.digest == document.digest) {
-        return Ok(());
-    }
-    if is_index(&document.media_type) {
-        let index: ImageIndex = serde_json::from_slice(&document.bytes).context("not an image index")?;
-        for child in index.manifests() {
-            collect(from, transport::checked(from, child)?, parts, depth + 1)?;
+    totals.add(&document)?;
+    let index = is_index(&document.media_type);
+    let what = if index { "not an image index" } else { "not a manifest" };
+    let found: Document = serde_json::from_slice(&document.bytes).context(what)?;
+    ensure!(found.schema_version == 2, "a manifest of schema {}: expected 2", found.schema_version);
+    if index {
+        for child in found.manifests.0 {
+            if parts.seen.insert(child.digest.to_string().parse()?) {
+                collect(from, transport::checked(from, &child.descriptor())?, parts, totals, depth + 1)?;
+            }
         }
     } else {
-        // Not as strict as a pull: artifacts of all kinds are copied too.
-        #[derive(Deserialize)]
-        struct Any {
-            #[serde(rename = "schemaVersion")]
-            schema_version: u64,
-            config: Option<Descriptor>,
-            #[serde(default)]
-            layers: Vec<Descriptor>,
-        }
-        let any: Any = serde_json::from_slice(&document.bytes).context("not a manifest")?;
-        ensure!(any.schema_version == 2, "a manifest of schema {}: expected 2", any.schema_version);
-        for blob in any.config.into_iter().chain(any.layers) {
-            let digest = blob.digest().to_string().parse()?;
+        for blob in found.config.into_iter().chain(found.layers.0) {
+            let digest = blob.digest.to_string().parse()?;
             // Those may not be handed out; who needs them gets them from where their maker has them.
-            if blob.urls().as_ref().is_none_or(Vec::is_empty) {
-                parts.blobs.insert(digest, blob);
+            if blob.urls.as_ref().is_none_or(Vec::is_empty) {
+                parts.blobs.insert(digest, blob.descriptor());
+                ensure!(parts.blobs.len() <= MAX_BLOBS, "more than {MAX_BLOBS} blobs belong to the image");
             }
         }
     }

@@ -31,6 +31,7 @@
 pub mod cosign;
 pub mod elf;
 pub mod image;
+mod json;
 mod kept;
 mod layer;
 pub mod layout;

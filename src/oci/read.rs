@@ -17,13 +17,14 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
 use super::ANNOTATION_FILES;
 use super::kept::{self, Kept, PIECE};
 use super::sign::Policy;
+use crate::bounded::shown;
 use crate::digest::{Digest, Hasher};
 use crate::progress::Progress;
 use crate::recipe::Blob;
 use crate::registry::{Manifest, Options, Reference, TRANSPORT, is_index};
 use crate::source::{Slice, Source};
 use crate::store::{self, BLOBS, Files, Store};
-use crate::transport::{self, Transport};
+use crate::transport::{self, Totals, Transport};
 
 /// The most images in an index that are looked at for data.
 const MAX_IMAGES: usize = 64;
@@ -33,6 +34,9 @@ const SMALL: u64 = 256 << 10;
 
 /// The longest layer of metadata that is read, in bytes: several times the longest index.
 const MAX_METADATA: u64 = 256 << 20;
+
+/// The most files that the layers of an image hold: our images have some hundred.
+const MAX_FILES: usize = 1 << 16;
 
 /// How much is kept of what is on this machine anyway, in bytes.
 const LOCAL_CACHE: u64 = 64 * PIECE;
@@ -96,11 +100,18 @@ impl Image {
             .with_context(|| format!("{}: blob {}", self.name, descriptor.digest()))
     }
 
-    /// The manifests of the image: its own, or those in its index.
+    /// The manifests of the image: its own, or those in its index. Of the annotations of layers those that are ours.
     fn images(&self) -> Result<Vec<ImageManifest>> {
-        let parse = |manifest: &Manifest| {
-            let what = || format!("{}: manifest {}", self.name, manifest.digest.oci());
-            serde_json::from_slice::<ImageManifest>(&manifest.bytes).with_context(what)
+        let mut totals = Totals::default();
+        let mut parse = |manifest: &Manifest| {
+            let parsed = totals.add(manifest).and_then(|()| transport::parse(&manifest.bytes));
+            let mut parsed =
+                parsed.with_context(|| format!("{}: manifest {}", self.name, manifest.digest.oci()))?;
+            for layer in parsed.layers_mut() {
+                let files = layer.annotations().as_ref().and_then(|all| all.get(ANNOTATION_FILES)).cloned();
+                layer.set_annotations(files.map(|files| HashMap::from([(ANNOTATION_FILES.into(), files)])));
+            }
+            Ok(parsed)
         };
         if !is_index(&self.root.media_type) {
             return Ok(vec![parse(&self.root)?]);
@@ -239,8 +250,10 @@ fn places(layers: &[Descriptor]) -> Result<BTreeMap<String, Place>> {
                 let place = Place { layer: shared.clone(), offset, size: len };
                 inside.then(|| (path.to_owned(), place))
             };
-            let (path, place) = place().with_context(|| format!("{}: {file:?}", what()))?;
+            let (path, place) =
+                place().with_context(|| format!("{}: {:?}", what(), shown(file.as_bytes())))?;
             places.insert(path, place);
+            ensure!(places.len() <= MAX_FILES, "{}: more than {MAX_FILES} files", what());
         }
     }
     Ok(places)

@@ -22,9 +22,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageManifest, ImageManifestBuilder, MediaType, SCHEMA_VERSION};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::cosign::{PrivateKey, PublicKey};
+use super::json;
 use super::layout::{Staging, to_json};
 use crate::digest::Digest;
 use crate::http::{Http, HttpError, Retry};
@@ -96,7 +97,7 @@ fn payload(kind: &str, identity: &Reference, digest: Digest) -> Result<Vec<u8>> 
 /// Checks that a document, whose signature is good, is about this image: the same digest, and the same name. Where the
 /// image is read by digest, the repository must be the same.
 fn check(payload: &[u8], kind: &str, identity: Option<&Reference>, digest: Digest) -> Result<()> {
-    let payload: Value = serde_json::from_slice(payload).context("not JSON")?;
+    let payload = json::unique(payload).context("not JSON")?;
     let critical = &payload["critical"];
     ensure!(critical["type"] == kind, "type {}: expected {kind:?}", critical["type"]);
     let signed = &critical["image"]["docker-manifest-digest"];
@@ -266,7 +267,7 @@ fn cosigned(
     let tag = cosign_tag(digest);
     let Some(image) = transport.tagged(&tag)? else { bail!("no signature: there is no {tag}") };
     let signatures = image.root()?;
-    let manifest: ImageManifest = serde_json::from_slice(&signatures.bytes).with_context(|| tag.clone())?;
+    let manifest = transport::parse(&signatures.bytes).with_context(|| tag.clone())?;
     let mut last = None;
     for (number, layer) in manifest.layers().iter().enumerate().take(MAX_SIGNATURES) {
         let signature = layer.annotations().as_ref().and_then(|a| a.get(ANNOTATION_SIGNATURE));
@@ -283,4 +284,24 @@ fn cosigned(
         }
     }
     Err(last.unwrap_or_else(|| anyhow::anyhow!("no signature in {tag}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_that_says_two_things() {
+        let (digest, name) = (Digest::of(b"image"), "h.io/app:1".parse().unwrap());
+        for kind in TYPES {
+            let good = String::from_utf8(payload(kind, &name, digest).unwrap()).unwrap();
+            check(good.as_bytes(), kind, Some(&name), digest).unwrap();
+            for key in ["docker-manifest-digest", "docker-reference", "type", "critical"] {
+                let twice = good.replacen(&format!("\"{key}\":"), &format!("\"{key}\": 1, \"{key}\":"), 1);
+                assert_ne!(twice, good);
+                let e = check(twice.as_bytes(), kind, Some(&name), digest).unwrap_err();
+                assert!(format!("{e:#}").starts_with(&format!("not JSON: the key \"{key}\" twice")), "{e:#}");
+            }
+        }
+    }
 }

@@ -143,6 +143,15 @@ impl Cache {
         Ok(())
     }
 
+    /// Removes what has been fetched of a blob, whose file `entry` gave.
+    pub(super) fn abandon(&self, digest: Digest, file: &File) -> Result<()> {
+        let path = self.partial(digest);
+        if has_name(file, &path)? {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+        Ok(())
+    }
+
     /// Gives a blob that is whole and right its name. It stays locked, but for others to read. What a crash of the machine
     /// makes of it is found when it is used, so that nobody has to wait for the disk.
     pub(super) fn keep(&self, digest: Digest, file: &File) -> Result<()> {

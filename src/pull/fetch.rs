@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::Descriptor;
 
 use super::cache::{Cache, Entry};
-use crate::digest::{Digest, Hasher};
+use crate::digest::{Digest, Hasher, Mismatch};
 use crate::io::scratch_file;
 use crate::progress::{Progress, Task};
 use crate::transport::Transport;
@@ -33,6 +33,15 @@ struct State {
     available: u64,
     /// It is whole, or will never be.
     end: Option<Result<(), ()>>,
+    /// It was not in the cache before.
+    new: bool,
+}
+
+/// There is more of a blob than there is to be.
+#[derive(Debug, thiserror::Error)]
+#[error("more than {size} bytes, which the manifest says it has")]
+struct TooMuch {
+    size: u64,
 }
 
 impl Blob {
@@ -108,6 +117,19 @@ impl<'a> Fetcher<'a> {
         }
     }
 
+    /// Removes from the cache what was not there before.
+    pub(super) fn forget(&self) -> Result<()> {
+        let Some(cache) = self.cache else { return Ok(()) };
+        for (_, digest, blob) in &self.blobs {
+            let state = blob.state();
+            if let Some(file) = state.file.as_ref().filter(|_| state.new) {
+                cache.abandon(*digest, file)?;
+                cache.discard(*digest, file)?;
+            }
+        }
+        Ok(())
+    }
+
     /// What went wrong, and how many blobs have been fetched.
     pub(super) fn finish(self) -> (Option<anyhow::Error>, usize) {
         let failed = self.failed.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -146,7 +168,15 @@ impl<'a> Fetcher<'a> {
             }
             Entry::Partial(file) => {
                 let file = Arc::new(file);
-                self.download(descriptor, digest, blob, &file)?;
+                blob.change(|state| state.new = true);
+                if let Err(e) = self.download(descriptor, digest, blob, &file) {
+                    let wrong = e.is::<Mismatch>() || e.is::<TooMuch>();
+                    if wrong || file.metadata()?.len() == 0 {
+                        // Nothing to go on with.
+                        cache.abandon(digest, &file)?;
+                    }
+                    return Err(e);
+                }
                 cache.keep(digest, &file)
             }
         }
@@ -172,11 +202,7 @@ impl<'a> Fetcher<'a> {
         let found = self.transfer(descriptor, file, 0, &task, |available| {
             blob.change(|state| state.available = available);
         })?;
-        if let Err(mismatch) = found.must_be(digest) {
-            // Nothing to go on with.
-            file.set_len(0)?;
-            return Err(mismatch.into());
-        }
+        found.must_be(digest)?;
         task.finish();
         Ok(())
     }
@@ -208,7 +234,7 @@ impl<'a> Fetcher<'a> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 n => n?,
             };
-            ensure!(pos + n as u64 <= descriptor.size(), "more than {} bytes", descriptor.size());
+            ensure!(pos + n as u64 <= descriptor.size(), TooMuch { size: descriptor.size() });
             file.write_all_at(&buffer[..n], pos).context("write failed")?;
             pos += n as u64;
             available(pos);

@@ -4,8 +4,8 @@
 //! transport ─► manifest for the platform ─► blobs (several at once, through the cache) ─► unpack (in order) ─► DIR
 //! ```
 //!
-//! Everything happens in a directory beside `DIR`, which gets that name when all is there and has been checked. Blobs are
-//! checked against their digests, and what they decompress to against the diff IDs of the configuration, which is checked
+//! Everything happens in a directory beside `DIR` that is its owner's alone. The tree in it is moved to `DIR` when all is
+//! there and has been checked. Blobs are checked against their digests, and what they decompress to against the diff IDs of the configuration, which is checked
 //! against the manifest; the manifest against its digest where the reference has one.
 
 pub mod cache;
@@ -13,11 +13,11 @@ mod fetch;
 mod tree;
 pub mod unpack;
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -30,19 +30,29 @@ use serde::Deserialize;
 
 use self::cache::Cache;
 use self::fetch::Fetcher;
-pub use self::tree::Owners;
-use self::unpack::Unpacker;
+pub use self::tree::{Owners, Rules};
+use self::unpack::{TooLarge, Unpacker};
+use crate::bounded::shown;
 use crate::digest::{Digest, Hasher};
 use crate::oci::sign::Policy;
 use crate::progress::Progress;
-use crate::registry::Platform;
+use crate::registry::{MAX_ARCHIVE, Platform};
 use crate::transport::{self, Image, Transport};
 
 /// How many blobs are fetched at once.
 const PARALLEL: usize = 4;
 
-/// The most that a directory takes unless told otherwise, in bytes: more than any image of a system has.
-pub const MAX_SIZE: u64 = 64 << 30;
+/// The most that a directory takes unless told otherwise, in bytes: as much as the archive of an image.
+pub const MAX_SIZE: u64 = MAX_ARCHIVE;
+
+/// The name of the tree in the directory where it is made.
+const TREE: &str = "root";
+
+/// The name of what was replaced, there.
+const OLD: &str = "old";
+
+/// The mode of a directory that only its owner may enter.
+const OWN: u32 = 0o700;
 
 /// How old what a killed run left must be to be removed: one that has just begun may not have locked it yet.
 const ABANDONED: Duration = Duration::from_secs(60);
@@ -56,8 +66,8 @@ pub struct Options {
     pub force: bool,
     /// Where blobs are kept.
     pub cache: Option<Cache>,
-    /// What is done about owners.
-    pub owners: Owners,
+    /// What is made as the image says.
+    pub rules: Rules,
     /// The most that the directory may take, in bytes.
     pub max_size: u64,
 }
@@ -108,6 +118,13 @@ pub fn pull(
     for layer in layers {
         check_layer(layer)?;
     }
+    // Before anything is fetched: files that are longer compressed than they may be are too long in any case.
+    let total = layers.iter().fold(0, |total: u64, layer| total.saturating_add(layer.size()));
+    ensure!(
+        total <= options.max_size,
+        "the layers have {total} bytes, more than {}; --max-size allows more",
+        options.max_size
+    );
     let diff_ids = config.rootfs.diff_ids;
     ensure!(
         diff_ids.len() == layers.len(),
@@ -119,7 +136,7 @@ pub fn pull(
     let mut attempts = layers.len() + 1;
     let (staging, unpacker, fetched) = loop {
         let staging = Staging::new(dir)?;
-        let mut unpacker = Unpacker::new(staging.fd.try_clone()?, options.owners, options.max_size)?;
+        let mut unpacker = Unpacker::new(staging.tree.try_clone()?, options.rules, options.max_size)?;
         if transport.local() {
             for (layer, diff_id) in layers.iter().zip(&diff_ids) {
                 let checked = Checked::new(transport.part(layer, 0, layer.size())?, layer)?;
@@ -137,12 +154,19 @@ pub fn pull(
             None => ensure!(attempts > 0, "the cache is damaged again and again"),
         }
     };
-    let notices = unpacker.finish()?;
+    let finished = unpacker.finish(is_closed(staging.parent())?)?;
     staging.publish(dir, options.force)?;
-    for line in notices.lines() {
+    for line in finished.notices.lines() {
         tracing::warn!("{line}");
     }
-    if options.owners == Owners::Dropped {
+    if finished.withheld {
+        tracing::warn!(
+            "{at}: only its owner can enter it: the image has setuid files, capabilities or devices, and others can \
+             reach {at}; chmod 755 opens it to them; --no-setuid and --no-devices leave these out",
+            at = dir.display()
+        );
+    }
+    if options.rules.owners == Owners::Dropped {
         tracing::warn!("all files belong to you: only root can set their owners; --rootless records them");
     }
     Ok(Pulled { digest: image.digest, layers: layers.len(), fetched })
@@ -178,6 +202,9 @@ fn fetch_and_unpack(
         }
         unpacked
     });
+    if unpacked.as_ref().is_err_and(|e| e.is::<TooLarge>()) {
+        fetcher.forget()?;
+    }
     let damaged = fetcher.damaged.load(Ordering::Relaxed);
     let (failed, fetched) = fetcher.finish();
     if damaged {
@@ -198,8 +225,9 @@ fn check_layer(layer: &Descriptor) -> Result<()> {
         || media_type.starts_with("application/vnd.docker.image.rootfs.");
     ensure!(
         known && media_type.contains("tar") && !media_type.contains("encrypted"),
-        "layer {}: of media type {media_type}, which cannot be unpacked",
-        layer.digest()
+        "layer {}: of media type {}, which cannot be unpacked",
+        layer.digest(),
+        shown(media_type.as_bytes())
     );
     Ok(())
 }
@@ -255,11 +283,28 @@ fn check_dir(dir: &Path, force: bool) -> Result<()> {
     }
 }
 
-/// A directory beside the one that it will be, removed unless it becomes that.
+/// Whether nobody but root and the owner of this process can reach what is in `dir`: one of the directories on the way
+/// there lets nobody else in.
+fn is_closed(dir: &Path) -> Result<bool> {
+    let at = || dir.display().to_string();
+    let user = rustix::process::geteuid().as_raw();
+    for dir in dir.canonicalize().with_context(at)?.ancestors() {
+        let found = dir.metadata().with_context(|| dir.display().to_string())?;
+        // With an access control list, the bits of the group are what it allows anybody at most.
+        if found.mode() & 0o011 == 0 && [0, user].contains(&found.uid()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// A directory beside the one that is to be made, with the tree in it; nobody else may enter it, since files in the tree
+/// may be setuid. It is removed with all that is in it then.
 struct Staging {
     path: PathBuf,
-    /// Open, and locked for as long as somebody works on it.
-    fd: OwnedFd,
+    /// Locked for as long as somebody works on it.
+    _lock: OwnedFd,
+    tree: OwnedFd,
 }
 
 impl Staging {
@@ -271,55 +316,76 @@ impl Staging {
         prefix.push(dir.file_name().unwrap_or_default());
         prefix.push(".rehydrator-");
         remove_abandoned(parent, prefix.as_bytes());
-        let made = tempfile::Builder::new().prefix(&prefix).make_in(parent, |path| {
-            // For nobody else before it is finished: files in it may be setuid.
-            DirBuilder::new().mode(0o700).create(path)
-        });
+        let own = |path: &Path| DirBuilder::new().mode(OWN).create(path);
+        let made = tempfile::Builder::new().prefix(&prefix).make_in(parent, own);
         let (_, path) = made.with_context(at)?.into_parts();
         let path = path.keep().map_err(|e| e.error).with_context(at)?;
-        let fd = OwnedFd::from(File::open(&path).with_context(at)?);
-        let staging = Self { path, fd };
-        rustix::fs::flock(&staging.fd, FlockOperation::NonBlockingLockExclusive).with_context(at)?;
-        Ok(staging)
+        let lock = OwnedFd::from(File::open(&path).with_context(at)?);
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).with_context(at)?;
+        let tree = path.join(TREE);
+        own(&tree).with_context(at)?;
+        let tree = OwnedFd::from(File::open(&tree).with_context(at)?);
+        Ok(Self { path, _lock: lock, tree })
     }
 
     fn parent(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new("."))
     }
 
-    /// Makes it `dir`. What is there takes its place, and is removed with it.
+    /// Makes the tree `dir`. What is there takes its place, and is removed.
     fn publish(self, dir: &Path, force: bool) -> Result<()> {
         let at = || dir.display().to_string();
         // All of it before the name.
-        rustix::fs::syncfs(&self.fd).with_context(at)?;
-        match rustix::fs::renameat_with(CWD, &self.path, CWD, dir, RenameFlags::NOREPLACE) {
+        rustix::fs::syncfs(&self.tree).with_context(at)?;
+        let tree = self.path.join(TREE);
+        let mode = make_movable(&tree);
+        match rustix::fs::renameat_with(CWD, &tree, CWD, dir, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(Errno::EXIST) => {
                 check_dir(dir, force)?;
-                match rustix::fs::renameat_with(CWD, &self.path, CWD, dir, RenameFlags::EXCHANGE) {
+                let mode = make_movable(dir);
+                let swapped = match rustix::fs::renameat_with(CWD, &tree, CWD, dir, RenameFlags::EXCHANGE) {
                     // Not all file systems can.
-                    Err(Errno::INVAL | Errno::NOSYS) => self.swap(dir)?,
-                    swapped => swapped.with_context(at)?,
+                    Err(Errno::INVAL | Errno::NOSYS) => self.swap(dir),
+                    swapped => swapped.map_err(Into::into),
+                };
+                if let (Err(_), Some(mode)) = (&swapped, mode) {
+                    let _ = fs::set_permissions(dir, mode);
                 }
+                swapped.with_context(at)?;
             }
             Err(Errno::INVAL | Errno::NOSYS) => {
                 check_dir(dir, force)?;
-                if dir.exists() { self.swap(dir)? } else { fs::rename(&self.path, dir).with_context(at)? }
+                if dir.exists() { self.swap(dir) } else { fs::rename(&tree, dir) }.with_context(at)?;
             }
             Err(e) => return Err(e).with_context(at),
+        }
+        if let Some(mode) = mode {
+            fs::set_permissions(dir, mode).with_context(at)?;
         }
         File::open(self.parent()).and_then(|parent| parent.sync_all()).with_context(at)
     }
 
     /// Takes the place of `dir` with two renames; between them, there is none.
-    fn swap(&self, dir: &Path) -> Result<()> {
-        let mut old = self.path.clone().into_os_string();
-        old.push("-old");
-        fs::rename(dir, &old)
-            .and_then(|()| fs::rename(&self.path, dir))
-            .and_then(|()| fs::rename(&old, &self.path))
-            .with_context(|| dir.display().to_string())
+    fn swap(&self, dir: &Path) -> io::Result<()> {
+        let old = self.path.join(OLD);
+        fs::rename(dir, &old)?;
+        fs::rename(self.path.join(TREE), dir).inspect_err(|_| {
+            // Back, or it would be removed.
+            let _ = fs::rename(&old, dir);
+        })
     }
+}
+
+/// Lets its owner write to a directory, which it takes to move it into another; gives the mode that it had. If that is not
+/// possible, the move will tell.
+fn make_movable(dir: &Path) -> Option<Permissions> {
+    let had = fs::metadata(dir).ok()?.permissions();
+    if had.mode() & 0o200 != 0 || rustix::process::geteuid().is_root() {
+        return None;
+    }
+    fs::set_permissions(dir, Permissions::from_mode(had.mode() | 0o200)).ok()?;
+    Some(had)
 }
 
 impl Drop for Staging {
@@ -343,9 +409,11 @@ fn remove(path: &Path) {
 fn remove_abandoned(parent: &Path, prefix: &[u8]) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
+        let own = entry.metadata().is_ok_and(|found| found.uid() == rustix::process::geteuid().as_raw());
         let old = || SystemTime::now().duration_since(entry.metadata().ok()?.modified().ok()?).ok();
         if entry.file_name().as_bytes().starts_with(prefix)
             && entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && own
             && old().is_some_and(|age| age > ABANDONED)
             && let Ok(dir) = File::open(&path)
             && rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok()

@@ -7,20 +7,29 @@
 //!
 //! Directories are writable and their owner's alone while the tree is made. [`Tree::finish`] gives them their modes and
 //! times, which is also why those are right whatever was put into a directory later.
+//!
+//! Layers are hostile in what they cost, too. A whiteout costs as much as it removes: a directory in which nothing of the
+//! lower layers is left is not searched again for the same layer. Directories are read entry by entry, and what must be
+//! remembered of a name or a directory has the same few bytes whatever it is called.
 
-use std::collections::{HashMap, HashSet};
-use std::ffi::CStr;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 
+use crate::bounded::shown;
+
 /// How deep directories may be nested. Each level is an open file while the tree is walked.
-const MAX_DEPTH: u32 = 400;
+const MAX_DEPTH: u16 = 400;
+
+/// How deep directories may be nested that are removed, which others may have made. Each level is an open file, of which a
+/// process has 1024 as a rule.
+const MAX_REMOVED_DEPTH: u16 = 900;
 
 /// How many symbolic links are followed for one name, as in the kernel.
 const MAX_LINKS: usize = 40;
@@ -40,6 +49,19 @@ const NEVER_FOLLOW: AtFlags = AtFlags::SYMLINK_NOFOLLOW;
 /// The label that the policy of the host gives, not the image.
 const LABEL: &[u8] = b"security.selinux";
 
+/// The capabilities that a program has whoever starts it.
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// The mode bits that make a program run as its owner or group.
+const SETID: u32 = 0o6000;
+
+/// The most kinds of things that are told of an image: more than there are reasons, but an image may give every file an
+/// attribute of another name.
+const MAX_KINDS: usize = 100;
+
+/// What is told of the rest.
+const OTHER_KINDS: &str = "other things not done as the image says";
+
 /// Where owners are recorded that cannot be set: a protocol buffer, of <https://github.com/rootless-containers/proto>.
 const RECORDED: &[u8] = b"user.rootlesscontainers";
 
@@ -54,6 +76,17 @@ pub enum Owners {
     Dropped,
 }
 
+/// What is made as the image says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// What is done about owners.
+    pub owners: Owners,
+    /// Keep the bits and capabilities that let a program do more than the user who starts it.
+    pub setuid: bool,
+    /// Make devices.
+    pub devices: bool,
+}
+
 /// Owner, mode, time and extended attributes of what is made.
 pub(super) struct Attributes<'a> {
     pub(super) mode: u32,
@@ -63,34 +96,48 @@ pub(super) struct Attributes<'a> {
     pub(super) xattrs: &'a [(Vec<u8>, Vec<u8>)],
 }
 
-/// What could not be done as the image says, and how often.
+/// What could not be done as the image says, and how often: the first file, and how many there are.
 #[derive(Debug, Default)]
-pub struct Notices(Vec<(String, String, u64)>);
+pub struct Notices(BTreeMap<String, (String, u64)>);
 
 impl Notices {
     /// Notes that `what` happened to the file at `path`.
     pub(super) fn add(&mut self, what: impl Into<String>, path: &[u8]) {
-        let what = what.into();
-        match self.0.iter_mut().find(|(known, ..)| *known == what) {
-            Some((.., count)) => *count += 1,
-            None => self.0.push((what, String::from_utf8_lossy(path).into_owned(), 1)),
+        let mut what = what.into();
+        if self.0.len() >= MAX_KINDS && !self.0.contains_key(&what) {
+            what = OTHER_KINDS.into();
         }
+        self.0.entry(what).or_insert_with(|| (shown(path), 0)).1 += 1;
     }
 
     /// A line for each kind of thing.
     pub fn lines(&self) -> impl Iterator<Item = String> {
-        self.0.iter().map(|(what, first, count)| match count {
+        self.0.iter().map(|(what, (first, count))| match count {
             1 => format!("{first}: {what}"),
             _ => format!("{first} and {} more: {what}", count - 1),
         })
     }
 }
 
-/// What a directory gets in the end.
-struct Final {
-    mode: u32,
+/// A directory that was made.
+struct Made {
+    /// What it gets in the end.
     mtime: (i64, u32),
-    depth: u32,
+    mode: u32,
+    depth: u16,
+    /// Tells it from those that had its inode number before it.
+    serial: u32,
+    /// The last layer of which it is known that nothing of the layers below is left in it.
+    cleared: u32,
+}
+
+/// The digest of a name in a directory: names that a layer made may be many, and long.
+type Key = [u8; 16];
+
+fn key(serial: u32, name: &[u8]) -> Key {
+    let mut key = Key::default();
+    blake3::Hasher::new().update(&serial.to_le_bytes()).update(name).finalize_xof().fill(&mut key);
+    key
 }
 
 /// An open directory.
@@ -110,13 +157,21 @@ pub(super) struct Place<'a> {
 /// A directory that is being filled.
 pub(super) struct Tree {
     root: Rc<Parent>,
-    owners: Owners,
+    rules: Rules,
     /// The parent that was needed last: mostly it is needed again.
     last: Option<(Vec<u8>, Rc<Parent>)>,
     /// Directories by inode number; the tree is on one file system.
-    dirs: HashMap<u64, Final>,
-    /// What the current layer made, by directory: its whiteouts do not concern that.
-    made: HashMap<u64, HashSet<Box<[u8]>>>,
+    dirs: HashMap<u64, Made>,
+    /// How many directories have been made.
+    serial: u32,
+    /// How many directories have been made because something was to be in them.
+    pub(super) implied: u64,
+    /// The number of the current layer.
+    layer: u32,
+    /// What the current layer made: its whiteouts do not concern that.
+    made: HashSet<Key>,
+    /// Something in the tree lets those who can reach it do more than they could before.
+    risky: bool,
     /// Whether the kernel has `openat2`.
     openat2: bool,
     pub(super) notices: Notices,
@@ -141,24 +196,36 @@ pub(super) fn clean(path: &[u8]) -> Result<Vec<u8>> {
 
 impl Tree {
     /// Fills the directory `root`, which is empty and its owner's alone.
-    pub(super) fn new(root: OwnedFd, owners: Owners) -> Result<Self> {
+    pub(super) fn new(root: OwnedFd, rules: Rules) -> Result<Self> {
         let ino = rustix::fs::fstat(&root)?.st_ino;
         let mut tree = Self {
             root: Rc::new(Parent { fd: root, ino }),
-            owners,
+            rules,
             last: None,
             dirs: HashMap::new(),
-            made: HashMap::new(),
+            serial: 0,
+            implied: 0,
+            layer: 0,
+            made: HashSet::new(),
+            risky: false,
             openat2: true,
             notices: Notices::default(),
         };
-        tree.dirs.insert(ino, Final { mode: 0o755, mtime: UNKNOWN, depth: 0 });
+        tree.know(ino, 0);
         Ok(tree)
     }
 
     /// From here on things are of the next layer.
     pub(super) fn next_layer(&mut self) {
-        self.made.clear();
+        self.layer += 1;
+        self.made = HashSet::new();
+    }
+
+    /// Remembers a new directory.
+    fn know(&mut self, ino: u64, depth: u16) {
+        self.serial += 1;
+        let (serial, cleared) = (self.serial, self.layer);
+        self.dirs.insert(ino, Made { mtime: UNKNOWN, mode: 0o755, depth, serial, cleared });
     }
 
     /// The place that a clean path names; none for the root itself. Parents that are missing are made.
@@ -245,6 +312,7 @@ impl Tree {
             let stat = match rustix::fs::statat(&dir.fd, &part[..], NEVER_FOLLOW) {
                 Err(Errno::NOENT) if create => {
                     self.make_dir(&dir, &part)?;
+                    self.implied += 1;
                     rustix::fs::statat(&dir.fd, &part[..], NEVER_FOLLOW)?
                 }
                 stat => stat?,
@@ -253,7 +321,7 @@ impl Tree {
                 FileType::Directory => {
                     let fd = rustix::fs::openat(&dir.fd, &part[..], AS_DIR, Mode::empty())?;
                     let ino = rustix::fs::fstat(&fd)?.st_ino;
-                    ensure!(stack.len() <= MAX_DEPTH as usize, "nested more than {MAX_DEPTH} deep");
+                    ensure!(stack.len() <= usize::from(MAX_DEPTH), "nested more than {MAX_DEPTH} deep");
                     stack.push(Rc::new(Parent { fd, ino }));
                 }
                 FileType::Symlink => {
@@ -278,15 +346,14 @@ impl Tree {
         let depth = self.dirs.get(&parent.ino).map_or(0, |dir| dir.depth) + 1;
         ensure!(depth <= MAX_DEPTH, "nested more than {MAX_DEPTH} deep");
         rustix::fs::mkdirat(&parent.fd, name, UNFINISHED)?;
-        let ino = rustix::fs::statat(&parent.fd, name, NEVER_FOLLOW)?.st_ino;
-        // The number may have been that of a directory that is gone.
-        self.made.remove(&ino);
-        self.dirs.insert(ino, Final { mode: 0o755, mtime: UNKNOWN, depth });
+        self.know(rustix::fs::statat(&parent.fd, name, NEVER_FOLLOW)?.st_ino, depth);
         Ok(())
     }
 
     fn mark(&mut self, place: &Place<'_>) {
-        self.made.entry(place.parent.ino).or_default().insert(place.name.into());
+        if let Some(dir) = self.dirs.get(&place.parent.ino) {
+            self.made.insert(key(dir.serial, place.name));
+        }
     }
 
     /// Runs `make`, and once more after what is in its place has been removed if something is.
@@ -327,7 +394,7 @@ impl Tree {
         attributes: &Attributes<'_>,
     ) -> Result<()> {
         // In this order: another owner drops capabilities and setuid, and attributes of a read-only file are refused.
-        if self.owners == Owners::Set {
+        if self.rules.owners == Owners::Set {
             rustix::fs::fchown(
                 file,
                 Some(Uid::from_raw(attributes.uid)),
@@ -338,7 +405,9 @@ impl Tree {
         self.set_xattrs(place.path, attributes, |name, value| {
             rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())
         });
-        rustix::fs::fchmod(file, Mode::from_raw_mode(attributes.mode))?;
+        let mode = if self.rules.setuid { attributes.mode } else { attributes.mode & !SETID };
+        self.risky |= mode & SETID != 0;
+        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?;
         rustix::fs::futimens(file, &timestamps(attributes.mtime))?;
         Ok(())
     }
@@ -362,6 +431,10 @@ impl Tree {
         device: (u32, u32),
         attributes: &Attributes<'_>,
     ) -> Result<()> {
+        let is_device = kind != FileType::Fifo;
+        if is_device && !self.rules.devices {
+            return Ok(());
+        }
         let dev = rustix::fs::makedev(device.0, device.1);
         let mode = Mode::RUSR | Mode::WUSR;
         let made = self.replacing(place, |dir| rustix::fs::mknodat(dir, place.name, kind, mode, dev));
@@ -371,7 +444,10 @@ impl Tree {
                 Ok(())
             }
             Err(e) => Err(e),
-            Ok(()) => self.finish_special(place, attributes, true),
+            Ok(()) => {
+                self.risky |= is_device;
+                self.finish_special(place, attributes, true)
+            }
         }
     }
 
@@ -383,7 +459,7 @@ impl Tree {
         has_mode: bool,
     ) -> Result<()> {
         let (dir, name) = (&place.parent.fd, place.name);
-        if self.owners == Owners::Set {
+        if self.rules.owners == Owners::Set {
             let owner = (Some(Uid::from_raw(attributes.uid)), Some(Gid::from_raw(attributes.gid)));
             rustix::fs::chownat(dir, name, owner.0, owner.1, NEVER_FOLLOW).context("chown")?;
         }
@@ -407,7 +483,7 @@ impl Tree {
             // Without following: a link to a symbolic link is one to that, and not to where it leads.
             rustix::fs::linkat(&target.parent.fd, target.name, &place.parent.fd, place.name, AtFlags::empty())
         };
-        let at = || format!("hard link to {:?}", String::from_utf8_lossy(target.path));
+        let at = || format!("hard link to {:?}", shown(target.path));
         match link() {
             Err(Errno::EXIST) => {
                 let stat = |p: &Place<'_>| rustix::fs::statat(&p.parent.fd, p.name, NEVER_FOLLOW);
@@ -443,7 +519,7 @@ impl Tree {
             }
         };
         let path = place.map_or(&b"."[..], |place| place.path);
-        if self.owners == Owners::Set {
+        if self.rules.owners == Owners::Set {
             rustix::fs::fchown(&fd, Some(Uid::from_raw(attributes.uid)), Some(Gid::from_raw(attributes.gid)))
                 .context("chown")?;
         }
@@ -452,7 +528,7 @@ impl Tree {
             rustix::fs::fsetxattr(&fd, name, value, XattrFlags::empty())
         });
         let ino = rustix::fs::fstat(&fd)?.st_ino;
-        let Some(dir) = self.dirs.get_mut(&ino) else { bail!("a directory that nobody made") };
+        let dir = self.known(ino)?;
         (dir.mode, dir.mtime) = (attributes.mode, attributes.mtime);
         Ok(())
     }
@@ -464,8 +540,9 @@ impl Tree {
             len => vec![0; len?],
         };
         let len = rustix::fs::flistxattr(fd, &mut names[..])?;
+        let new: HashSet<&[u8]> = attributes.xattrs.iter().map(|(name, _)| &name[..]).collect();
         for name in names[..len].split(|&b| b == 0).filter(|name| !name.is_empty() && *name != LABEL) {
-            if !attributes.xattrs.iter().any(|(new, _)| new == name) {
+            if !new.contains(name) {
                 match rustix::fs::fremovexattr(fd, name) {
                     // Those that this process may not touch, it has not made either.
                     Ok(()) | Err(Errno::PERM | Errno::NODATA | Errno::OPNOTSUPP) => {}
@@ -482,13 +559,17 @@ impl Tree {
         attributes: &Attributes<'_>,
         set: impl Fn(&[u8], &[u8]) -> rustix::io::Result<()>,
     ) {
-        for (name, value) in attributes.xattrs.iter().filter(|(name, _)| name != LABEL) {
-            if let Err(e) = set(name, value) {
-                let name = String::from_utf8_lossy(name);
-                self.notices.add(format!("extended attribute {name} not set: {e}"), path);
+        let keep = |name: &[u8]| name != LABEL && (self.rules.setuid || name != CAPABILITY);
+        for (name, value) in attributes.xattrs.iter().filter(|(name, _)| keep(name)) {
+            match set(name, value) {
+                Ok(()) => self.risky |= name == CAPABILITY,
+                Err(e) => {
+                    let what = format!("extended attribute {} not set: {e}", shown(name));
+                    self.notices.add(what, path);
+                }
             }
         }
-        if self.owners == Owners::Recorded && (attributes.uid, attributes.gid) != (0, 0) {
+        if self.rules.owners == Owners::Recorded && (attributes.uid, attributes.gid) != (0, 0) {
             match set(RECORDED, &recorded(attributes.uid, attributes.gid)) {
                 // Links and devices cannot have it, and read-only file systems of the kernel have none at all.
                 Ok(()) => {}
@@ -501,8 +582,8 @@ impl Tree {
     pub(super) fn whiteout(&mut self, place: &Place<'_>) -> Result<()> {
         self.last = None;
         let parent = Rc::clone(&place.parent);
-        let made = self.made.get(&parent.ino).is_some_and(|made| made.contains(place.name));
-        self.hide(&parent.fd, place.name, made, 0)
+        let made = self.is_made(parent.ino, place.name)?;
+        self.hide(parent.fd.as_fd(), place.name, made, 0).map(drop)
     }
 
     /// Hides what lower layers have in the directory of this clean path; one that no layer has, has nothing to hide.
@@ -515,54 +596,90 @@ impl Tree {
         self.hide_all(rustix::fs::openat(&dir.fd, c".", AS_DIR, Mode::empty())?, 0)
     }
 
-    /// Removes `name`, but for what the current layer made in it, or all of it.
-    fn hide(&self, parent: &OwnedFd, name: &[u8], made: bool, depth: u32) -> Result<()> {
+    fn known(&mut self, ino: u64) -> Result<&mut Made> {
+        self.dirs.get_mut(&ino).context("a directory that nobody made")
+    }
+
+    /// Whether the current layer made `name` in the directory `ino`.
+    fn is_made(&mut self, ino: u64, name: &[u8]) -> Result<bool> {
+        let key = key(self.known(ino)?.serial, name);
+        Ok(self.made.contains(&key))
+    }
+
+    /// Removes `name`, but for what the current layer made in it, or all of it. True if it is gone.
+    fn hide(&mut self, parent: BorrowedFd<'_>, name: &[u8], made: bool, depth: u16) -> Result<bool> {
         match rustix::fs::openat(parent, name, AS_DIR, Mode::empty()) {
             Ok(fd) => {
                 self.hide_all(fd, depth + 1)?;
-                if !made {
-                    match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
-                        Ok(()) | Err(Errno::NOTEMPTY) => {}
-                        Err(e) => return Err(e.into()),
-                    }
+                if made {
+                    return Ok(false);
                 }
-                Ok(())
+                match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+                    Err(Errno::NOTEMPTY) => Ok(false),
+                    removed => Ok(removed.map(|()| true)?),
+                }
             }
-            Err(Errno::NOENT) => Ok(()),
-            Err(Errno::NOTDIR | Errno::LOOP) if made => Ok(()),
-            Err(Errno::NOTDIR | Errno::LOOP) => Ok(rustix::fs::unlinkat(parent, name, AtFlags::empty())?),
+            Err(Errno::NOENT) => Ok(false),
+            Err(Errno::NOTDIR | Errno::LOOP) if made => Ok(false),
+            Err(Errno::NOTDIR | Errno::LOOP) => {
+                Ok(rustix::fs::unlinkat(parent, name, AtFlags::empty()).map(|()| true)?)
+            }
             Err(e) => Err(e.into()),
         }
     }
 
-    fn hide_all(&self, dir: OwnedFd, depth: u32) -> Result<()> {
+    /// Removes all that lower layers have in `dir`.
+    fn hide_all(&mut self, dir: OwnedFd, depth: u16) -> Result<()> {
         ensure!(depth <= MAX_DEPTH + 1, "nested more than {MAX_DEPTH} deep");
-        let ino = rustix::fs::fstat(&dir)?.st_ino;
-        for name in names(dir.as_fd())? {
-            let made = self.made.get(&ino).is_some_and(|made| made.contains(&name.0[..]));
-            self.hide(&dir, &name.0, made, depth)?;
+        let (ino, layer) = (rustix::fs::fstat(&dir)?.st_ino, self.layer);
+        let known = self.known(ino)?;
+        if known.cleared == layer {
+            return Ok(());
         }
-        Ok(())
+        known.cleared = layer;
+        each(&mut Dir::new(dir)?, |dir, name, _| {
+            let made = self.is_made(ino, name)?;
+            self.hide(dir, name, made, depth)
+        })
     }
 
-    /// Gives the directories their modes and times, the root last. Returns what could not be done.
-    pub(super) fn finish(self) -> Result<Notices> {
-        self.finish_dir(rustix::fs::openat(&self.root.fd, c".", AS_DIR, Mode::empty())?)?;
-        Ok(self.notices)
+    /// Gives the directories their modes and times, the root last. What the tree has that is a risk to the machine where
+    /// others can reach it, is for the owner of the root alone unless the place of the tree is `closed` to others.
+    pub(super) fn finish(mut self, closed: bool) -> Result<Finished> {
+        let root = rustix::fs::openat(&self.root.fd, c".", AS_DIR, Mode::empty())?;
+        let withheld = self.risky && !closed;
+        if withheld {
+            let ino = self.root.ino;
+            self.known(ino)?.mode &= 0o700;
+            // The image may have given it to somebody who has an account here.
+            let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+            rustix::fs::fchown(&root, Some(user), Some(group)).context("chown")?;
+        }
+        self.finish_dir(root)?;
+        Ok(Finished { notices: self.notices, withheld })
     }
 
-    fn finish_dir(&self, fd: OwnedFd) -> Result<()> {
-        for (name, kind) in names(fd.as_fd())? {
+    fn finish_dir(&mut self, fd: OwnedFd) -> Result<()> {
+        let mut all = Dir::new(fd)?;
+        each(&mut all, |dir, name, kind| {
             if kind == FileType::Directory {
-                self.finish_dir(rustix::fs::openat(&fd, &name[..], AS_DIR, Mode::empty())?)?;
+                self.finish_dir(rustix::fs::openat(dir, name, AS_DIR, Mode::empty())?)?;
             }
-        }
-        let Some(dir) = self.dirs.get(&rustix::fs::fstat(&fd)?.st_ino) else {
-            bail!("a directory that nobody made")
-        };
-        rustix::fs::futimens(&fd, &timestamps(dir.mtime))?;
-        Ok(rustix::fs::fchmod(&fd, Mode::from_raw_mode(dir.mode))?)
+            Ok(false)
+        })?;
+        let fd = all.fd()?;
+        let dir = self.known(rustix::fs::fstat(fd)?.st_ino)?;
+        rustix::fs::futimens(fd, &timestamps(dir.mtime))?;
+        Ok(rustix::fs::fchmod(fd, Mode::from_raw_mode(dir.mode))?)
     }
+}
+
+/// What came of a tree.
+pub struct Finished {
+    /// What could not be done as the image says.
+    pub notices: Notices,
+    /// Only its owner may enter the tree, although the image lets others.
+    pub withheld: bool,
 }
 
 /// Whether a directory could not be opened because there is none.
@@ -591,35 +708,47 @@ fn timestamps((tv_sec, nanos): (i64, u32)) -> Timestamps {
     Timestamps { last_access: time, last_modification: time }
 }
 
-/// What is in a directory, and of which kind each is.
-fn names(dir: BorrowedFd<'_>) -> Result<Vec<(Box<[u8]>, FileType)>> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(dir)? {
-        let entry = entry?;
-        let name: &CStr = entry.file_name();
-        if name == c"." || name == c".." {
-            continue;
-        }
-        let kind = match entry.file_type() {
-            // Not all file systems tell.
-            FileType::Unknown => {
-                let stat: Stat = rustix::fs::statat(dir, name, NEVER_FOLLOW)?;
-                FileType::from_raw_mode(stat.st_mode)
+/// Calls `act` for everything in a directory: with the directory, the name, and the kind. Where it says that it removed
+/// something, the directory is read again, since not all file systems list the rest of it correctly.
+fn each(dir: &mut Dir, mut act: impl FnMut(BorrowedFd<'_>, &[u8], FileType) -> Result<bool>) -> Result<()> {
+    loop {
+        let mut removed = false;
+        while let Some(entry) = dir.read() {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
             }
-            kind => kind,
-        };
-        names.push((name.to_bytes().into(), kind));
+            let kind = match entry.file_type() {
+                // Not all file systems tell.
+                FileType::Unknown => {
+                    FileType::from_raw_mode(rustix::fs::statat(dir.fd()?, name, NEVER_FOLLOW)?.st_mode)
+                }
+                kind => kind,
+            };
+            removed |= act(dir.fd()?, name.to_bytes(), kind)?;
+        }
+        if !removed {
+            return Ok(());
+        }
+        dir.rewind();
     }
-    Ok(names)
 }
 
 /// Removes `name` of `parent` with all that is in it. Directories that their owner may not enter are no obstacle to him.
 pub(super) fn remove(parent: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
+    remove_at(parent, name, 0).map(drop)
+}
+
+/// False where there was nothing to remove.
+fn remove_at(parent: BorrowedFd<'_>, name: &[u8], depth: u16) -> Result<bool> {
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Ok(()) => return Ok(true),
+        Err(Errno::NOENT) => return Ok(false),
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(e) => return Err(e.into()),
     }
+    ensure!(depth <= MAX_REMOVED_DEPTH, "nested more than {MAX_REMOVED_DEPTH} deep");
     let open = || rustix::fs::openat(parent, name, AS_DIR, Mode::empty());
     let dir = match open() {
         Err(Errno::ACCESS) => {
@@ -629,18 +758,16 @@ pub(super) fn remove(parent: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
         dir => dir?,
     };
     let mut writable = false;
-    for (name, _) in names(dir.as_fd())? {
-        let removed = remove(dir.as_fd(), &name);
-        match removed {
-            Err(e) if !writable && e.downcast_ref() == Some(&Errno::ACCESS) => {
-                rustix::fs::fchmod(&dir, UNFINISHED)?;
-                writable = true;
-                remove(dir.as_fd(), &name)?;
-            }
-            removed => removed?,
+    each(&mut Dir::new(dir)?, |dir, name, _| match remove_at(dir, name, depth + 1) {
+        Err(e) if !writable && e.downcast_ref() == Some(&Errno::ACCESS) => {
+            rustix::fs::fchmod(dir, UNFINISHED)?;
+            writable = true;
+            remove_at(dir, name, depth + 1)
         }
-    }
-    Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+        removed => removed,
+    })?;
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?;
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -653,7 +780,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("root")).unwrap();
         let root = rustix::fs::open(dir.path().join("root"), AS_DIR, Mode::empty()).unwrap();
-        let mut tree = Tree::new(root, Owners::Dropped).unwrap();
+        let rules = Rules { owners: Owners::Dropped, setuid: true, devices: true };
+        let mut tree = Tree::new(root, rules).unwrap();
         tree.openat2 = openat2;
         (dir, tree)
     }
@@ -705,6 +833,39 @@ mod tests {
         assert!(clean(b"..").is_err());
     }
 
+    /// What is removed may have been made by others.
+    #[test]
+    fn removing_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = rustix::fs::open(dir.path(), AS_DIR, Mode::empty()).unwrap();
+        let deep = |count: u16| {
+            let mut at = rustix::io::fcntl_dupfd_cloexec(&top, 0).unwrap();
+            for _ in 0..count {
+                rustix::fs::mkdirat(&at, c"d", UNFINISHED).unwrap();
+                at = rustix::fs::openat(&at, c"d", AS_DIR, Mode::empty()).unwrap();
+            }
+        };
+        deep(MAX_REMOVED_DEPTH);
+        remove(top.as_fd(), b"d").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        deep(MAX_REMOVED_DEPTH + 2);
+        let e = remove(top.as_fd(), b"d").unwrap_err().to_string();
+        assert_eq!(e, "nested more than 900 deep");
+    }
+
+    #[test]
+    fn kinds_of_notices_are_bounded() {
+        let mut notices = Notices::default();
+        for n in 0..1_000_000 {
+            notices.add(format!("kind {n:07}"), b"file");
+        }
+        notices.add("kind 0000003", b"other");
+        let lines: Vec<_> = notices.lines().collect();
+        assert_eq!(lines.len(), MAX_KINDS + 1);
+        assert_eq!(lines[3], "file and 1 more: kind 0000003");
+        assert_eq!(lines[MAX_KINDS], format!("file and 999899 more: {OTHER_KINDS}"));
+    }
+
     #[test]
     fn owners_are_recorded_as_a_protocol_buffer() {
         assert_eq!(recorded(0, 0), b"");
@@ -715,7 +876,7 @@ mod tests {
     #[test]
     fn depth_is_bounded() {
         let (_dir, mut tree) = tree(true);
-        let path = "d/".repeat(MAX_DEPTH as usize);
+        let path = "d/".repeat(MAX_DEPTH.into());
         assert!(tree.place(format!("{path}f").as_bytes()).is_ok());
         assert!(tree.place(format!("{path}d/f").as_bytes()).is_err());
     }

@@ -17,7 +17,8 @@ use anyhow::{Context, Result, bail, ensure};
 use flate2::bufread::MultiGzDecoder;
 use rustix::fs::FileType;
 
-use super::tree::{Attributes, Notices, Owners, Tree, clean};
+use super::tree::{Attributes, Finished, Rules, Tree, clean};
+use crate::bounded::shown;
 use crate::digest::{Digest, Hasher};
 use crate::io::SparseWriter;
 use crate::untar::{Archive, Input, Kind, Member};
@@ -31,6 +32,13 @@ const QUEUE: usize = 4;
 /// What a member counts at least, in bytes: it takes an inode and a name.
 const MEMBER: u64 = 4096;
 
+/// What a layer may have in addition, in bytes: the end of its archive.
+const END: u64 = 64 << 10;
+
+/// The most members and directories of an image; each is remembered in some 40 bytes. Images of whole systems have a few
+/// hundred thousand.
+const MAX_MEMBERS: u64 = 4 << 20;
+
 /// What the names of whiteouts begin with.
 const WHITEOUT: &[u8] = b".wh.";
 
@@ -43,28 +51,41 @@ const AUFS: &[u8] = b".wh..wh.";
 /// A directory into which layers are unpacked.
 pub struct Unpacker {
     tree: Tree,
-    /// How many bytes may still come.
+    /// How many bytes of files may still come.
     left: u64,
+    /// How many bytes of archives may still come, whatever is in them.
+    stream: u64,
+    /// How many members there have been.
+    members: u64,
     max: u64,
+}
+
+/// The image takes more than it may.
+#[derive(Debug, thiserror::Error)]
+#[error("the image is larger than {max} bytes; --max-size allows more")]
+pub struct TooLarge {
+    /// What it may take, in bytes.
+    pub max: u64,
 }
 
 impl Unpacker {
     /// Unpacks into `root`, an empty directory, at most `max` bytes of files. A name takes some, too.
-    pub fn new(root: OwnedFd, owners: Owners, max: u64) -> Result<Self> {
-        Ok(Self { tree: Tree::new(root, owners)?, left: max, max })
+    pub fn new(root: OwnedFd, rules: Rules, max: u64) -> Result<Self> {
+        Ok(Self { tree: Tree::new(root, rules)?, left: max, stream: max, members: 0, max })
     }
 
     /// Applies a layer, compressed or not, over those before. What it is when decompressed must have the digest
     /// `diff_id`, where that is known.
     pub fn layer(&mut self, layer: impl Read + Send, diff_id: Option<Digest>) -> Result<()> {
         self.tree.next_layer();
-        // More than that will not do in any case, however little of it is files.
-        let max = self.max.saturating_add(MEMBER * 16);
+        // More will not do in any case, however little of it is files.
+        self.stream = self.stream.saturating_add(END);
+        let (stream, max) = (self.stream, self.max);
         let (to_hash, hashing) = sync_channel(QUEUE);
         let (to_tar, unpacking) = sync_channel(QUEUE);
         let (free, freed) = channel();
         std::thread::scope(|scope| {
-            let decompress = scope.spawn(move || decompress(layer, max, &to_hash, &freed));
+            let decompress = scope.spawn(move || decompress(layer, stream, max, &to_hash, &freed));
             let hash = scope.spawn(move || hash(&hashing, &to_tar));
             let mut archive = Archive::new(Buffers { queue: unpacking, free, current: Cursor::default() });
             let applied = self.apply(&mut archive);
@@ -74,7 +95,7 @@ impl Unpacker {
             drop(rest);
             // An error while decompressing is why the archive ended.
             match decompress.join() {
-                Ok(decompressed) => decompressed?,
+                Ok(decompressed) => self.stream -= decompressed?,
                 Err(_) => bail!("the thread that decompresses ended"),
             }
             let Ok(found) = hash.join() else { bail!("the thread that hashes ended") };
@@ -92,24 +113,32 @@ impl Unpacker {
         })
     }
 
-    /// Completes the directory.
-    pub fn finish(self) -> Result<Notices> {
-        self.tree.finish()
+    /// Completes the directory, whose place is `closed` where nobody but its owner can reach it.
+    pub fn finish(self, closed: bool) -> Result<Finished> {
+        self.tree.finish(closed)
+    }
+
+    /// Counts what takes `bytes`.
+    fn charge(&mut self, bytes: u64) -> Result<(), TooLarge> {
+        self.left = self.left.checked_sub(bytes).ok_or(TooLarge { max: self.max })?;
+        Ok(())
     }
 
     fn apply<R: Input>(&mut self, archive: &mut Archive<R>) -> Result<()> {
         while let Some(member) = archive.next_member()? {
-            self.member(&member, archive)
-                .with_context(|| format!("member {:?}", String::from_utf8_lossy(&member.path)))?;
+            let implied = self.tree.implied;
+            self.member(&member, archive).with_context(|| format!("member {:?}", shown(&member.path)))?;
+            let implied = self.tree.implied - implied;
+            self.charge(implied.saturating_mul(MEMBER))?;
+            self.members += 1 + implied;
+            ensure!(self.members <= MAX_MEMBERS, "the image has more than {MAX_MEMBERS} members");
         }
         Ok(())
     }
 
     fn member<R: Input>(&mut self, member: &Member, content: &mut Archive<R>) -> Result<()> {
-        self.left =
-            (self.left).checked_sub(MEMBER).and_then(|left| left.checked_sub(member.size)).with_context(
-                || format!("the image is larger than {} bytes; --max-size allows more", self.max),
-            )?;
+        let attributes = member.xattrs.iter().map(|(name, value)| (name.len() + value.len()) as u64);
+        self.charge(attributes.fold(MEMBER.saturating_add(member.size), u64::saturating_add))?;
         let path = clean(&member.path)?;
         let attributes = Attributes {
             mode: member.mode,
@@ -148,8 +177,7 @@ impl Unpacker {
             Kind::Symlink => self.tree.symlink(&place, &member.link, &attributes),
             Kind::HardLink => {
                 let target = clean(&member.link).context("hard link")?;
-                let missing =
-                    || format!("hard link to {:?}, which is not there", String::from_utf8_lossy(&target));
+                let missing = || format!("hard link to {:?}, which is not there", shown(&target));
                 ensure!(!target.is_empty(), missing());
                 let target = self.tree.existing(&target)?.with_context(missing)?;
                 self.tree.hard_link(&place, &target)
@@ -179,14 +207,15 @@ fn write<R: Input>(member: &Member, content: &mut Archive<R>, mut file: File) ->
 }
 
 /// Decompresses `layer`, whatever it is compressed with: what its media type says is not always true. Ends early, and
-/// well, when nobody wants more.
+/// well, when nobody wants more. Gives how long it is; no longer than `limit`.
 fn decompress(
     layer: impl Read,
+    limit: u64,
     max: u64,
     out: &SyncSender<Vec<u8>>,
     freed: &Receiver<Vec<u8>>,
-) -> Result<()> {
-    let mut plain = plain(layer)?.take(max.saturating_add(1));
+) -> Result<u64> {
+    let mut plain = plain(layer)?.take(limit.saturating_add(1));
     let mut total = 0;
     loop {
         let mut buffer = freed.try_recv().unwrap_or_else(|_| vec![0; BUFFER]);
@@ -202,9 +231,9 @@ fn decompress(
         }
         buffer.truncate(have);
         total += have as u64;
-        ensure!(total <= max, "the layer is larger than {max} bytes; --max-size allows more");
+        ensure!(total <= limit, TooLarge { max });
         if have == 0 || out.send(buffer).is_err() {
-            return Ok(());
+            return Ok(total);
         }
     }
 }
@@ -284,5 +313,29 @@ impl Read for Buffers {
         buf[..n].copy_from_slice(&bytes[..n]);
         self.consume(n);
         Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::tree::Owners;
+    use super::*;
+
+    #[test]
+    fn members_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = Rules { owners: Owners::Dropped, setuid: true, devices: true };
+        let root = OwnedFd::from(File::open(dir.path()).unwrap());
+        let mut unpacker = Unpacker::new(root, rules, u64::MAX).unwrap();
+        unpacker.members = MAX_MEMBERS - 2;
+        let mut layer = tar::Builder::new(Vec::new());
+        for name in ["a", "new/b"] {
+            layer.append_data(&mut tar::Header::new_gnu(), name, io::empty()).unwrap();
+        }
+        let e = unpacker.layer(&layer.into_inner().unwrap()[..], None).unwrap_err();
+        assert_eq!(e.to_string(), "the image has more than 4194304 members");
+        assert!(fs::exists(dir.path().join("new/b")).unwrap());
     }
 }

@@ -22,10 +22,10 @@ use reqwest::header::{
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 use url::Url;
 
 use super::{Credentials, Files, Reference};
+use crate::bounded::AtMost;
 use crate::digest::{Digest, Hasher};
 use crate::http::{Answer, Attempts, Body, Failure, Http, HttpError, Retry, STALL_TIMEOUT, Settings, Tls};
 
@@ -37,6 +37,21 @@ const MAX_PAGE: u64 = 4 << 20;
 
 /// The most of these pages that are read; a registry that has more repeats itself.
 const MAX_PAGES: usize = 10_000;
+
+/// The most tags of a repository: more than any has that an automaton fills.
+const MAX_TAGS: usize = 1 << 19;
+
+/// The most bytes of all pages of tags together.
+const MAX_TAG_BYTES: u64 = 64 << 20;
+
+/// The most manifests that refer to one, and the most bytes of all pages that name them: those of an index, which is made of
+/// them.
+const MAX_REFERRERS: usize = 1000;
+const MAX_REFERRER_BYTES: u64 = MAX_MANIFEST;
+
+/// The most that an archive of an image takes when decompressed unless told otherwise, in bytes: more than any image of a
+/// system has.
+pub const MAX_ARCHIVE: u64 = 64 << 30;
 
 /// The longest answer of a token service that is read, in bytes.
 const MAX_TOKEN: u64 = 256 << 10;
@@ -85,6 +100,10 @@ pub struct Options {
     pub chunk: u64,
     /// Let skopeo read images, as the `registries.conf` and the `policy.json` of the machine say.
     pub skopeo: bool,
+    /// Fetch layers that the registry does not have from where the manifest says that they are.
+    pub foreign_layers: bool,
+    /// The most that an archive of an image takes when decompressed, in bytes.
+    pub max_archive: u64,
 }
 
 impl Default for Options {
@@ -98,6 +117,8 @@ impl Default for Options {
             stall: STALL_TIMEOUT,
             chunk: 16 << 20,
             skopeo: false,
+            foreign_layers: false,
+            max_archive: MAX_ARCHIVE,
         }
     }
 }
@@ -173,6 +194,13 @@ pub(super) enum Payload<'a> {
     None,
     Bytes(Bytes),
     Part { open: &'a Open<'a>, offset: u64, len: u64 },
+}
+
+/// How much of a list in pages is read.
+#[derive(Clone, Copy)]
+struct Most {
+    entries: usize,
+    bytes: u64,
 }
 
 /// What is to be done in which repository.
@@ -303,7 +331,20 @@ impl Client {
         let (host, url) = self.blob_url(&access, digest)?;
         let attempts = host.http.attempts(&Method::GET, &url);
         let (client, chunk) = (self.clone(), Bytes::new());
-        Ok(BlobReader { client, host, access, url, pos, end, check, answer: None, skip: 0, chunk, attempts })
+        Ok(BlobReader {
+            client,
+            host,
+            access,
+            url,
+            pos,
+            end,
+            check,
+            answer: None,
+            began: pos,
+            skip: 0,
+            chunk,
+            attempts,
+        })
     }
 
     /// Whether the repository of `reference` has a blob.
@@ -328,33 +369,43 @@ impl Client {
     pub fn tags(&self, reference: &Reference) -> Result<Vec<String>> {
         #[derive(Deserialize)]
         struct Page {
-            tags: Option<Vec<String>>,
+            tags: Option<AtMost<String, MAX_TAGS>>,
         }
-        let pages: Vec<Page> = self.pages(reference, "tags", "/list?n=1000")?;
-        Ok(pages.into_iter().filter_map(|page| page.tags).flatten().collect())
+        let most = Most { entries: MAX_TAGS, bytes: MAX_TAG_BYTES };
+        let entries = |page: Page| page.tags.unwrap_or_default().0;
+        self.pages(reference, "tags", "/list?n=1000", most, entries)
     }
 
     /// Descriptors of the manifests that refer to the manifest `digest` of the repository of `reference`, as the registry
     /// has them. Nothing where it does not keep track of that.
-    pub fn referrers(&self, reference: &Reference, digest: Digest) -> Result<Option<Vec<Value>>> {
+    pub fn referrers(&self, reference: &Reference, digest: Digest) -> Result<Option<Vec<Descriptor>>> {
         #[derive(Deserialize)]
         struct Page {
-            manifests: Vec<Value>,
+            manifests: AtMost<Descriptor, MAX_REFERRERS>,
         }
-        match self.pages::<Page>(reference, "referrers", &format!("/{}", digest.oci())) {
-            Ok(pages) => Ok(Some(pages.into_iter().flat_map(|page| page.manifests).collect())),
+        let most = Most { entries: MAX_REFERRERS, bytes: MAX_REFERRER_BYTES };
+        let entries = |page: Page| page.manifests.0;
+        match self.pages(reference, "referrers", &format!("/{}", digest.oci()), most, entries) {
+            Ok(entries) => Ok(Some(entries)),
             Err(e) if not_found(&e) => Ok(None),
             Err(e) => Err(e),
         }
     }
 
-    /// All pages of `what` there is of the repository of `reference`.
-    fn pages<T: DeserializeOwned>(&self, reference: &Reference, what: &str, rest: &str) -> Result<Vec<T>> {
+    /// The entries of all pages of `what` there is of the repository of `reference`.
+    fn pages<P: DeserializeOwned, T>(
+        &self,
+        reference: &Reference,
+        what: &str,
+        rest: &str,
+        most: Most,
+        entries: impl Fn(P) -> Vec<T>,
+    ) -> Result<Vec<T>> {
         let access = Access::pull(reference);
         let host = self.host(reference)?;
         let at = || format!("{}: {what}", reference.name());
         let mut url = host.url(&format!("{}/{what}{rest}", reference.repository()))?;
-        let mut pages = Vec::new();
+        let (mut all, mut left) = (Vec::new(), most.bytes);
         for _ in 0..MAX_PAGES {
             let read = || {
                 let answer = self.request(&host, &access, &Method::GET, &url, &[], &Payload::None)?;
@@ -365,8 +416,11 @@ impl Client {
                 Ok((answer.document(MAX_PAGE)?, next))
             };
             let (page, next) = host.http.retried(Method::GET, &url, read).with_context(at)?;
-            pages.push(serde_json::from_slice(&page).with_context(at)?);
-            let Some(next) = next else { return Ok(pages) };
+            let rest = left.checked_sub(page.len() as u64);
+            left = rest.with_context(|| format!("{}: more than {} bytes", at(), most.bytes))?;
+            all.extend(entries(serde_json::from_slice(&page).with_context(at)?));
+            ensure!(all.len() <= most.entries, "{}: more than {}", at(), most.entries);
+            let Some(next) = next else { return Ok(all) };
             url = Url::parse(&url)?.join(&next).with_context(at)?.into();
         }
         anyhow::bail!("{}: more than {MAX_PAGES} pages", at())
@@ -469,7 +523,10 @@ impl Client {
                     send(Body::Reader(&mut *reader, *len))?
                 }
             };
-            if answer.status() != StatusCode::UNAUTHORIZED || !own || fresh.is_some() {
+            // One that another host refuses, to which this one redirected, is not for our credentials either.
+            let asks =
+                answer.status() == StatusCode::UNAUTHORIZED && answer.url().origin() == host.base.origin();
+            if !asks || !own || fresh.is_some() {
                 return Ok(answer);
             }
             // However short it lasts, it is for this request.
@@ -597,7 +654,9 @@ fn token(
             .append_pair("refresh_token", refresh)
             .finish();
         let headers = [(CONTENT_TYPE, "application/x-www-form-urlencoded".into())];
-        host.http.send(Method::POST, url.as_str(), &headers, Body::Bytes(form.into()))?
+        // From a reader, so that it is sent once: a redirect does not get it.
+        let form = Body::Reader(&mut form.as_bytes(), form.len() as u64);
+        host.http.send(Method::POST, url.as_str(), &headers, form)?
     } else {
         url.query_pairs_mut().extend_pairs(service).extend_pairs(scopes.iter().map(|s| ("scope", s)));
         let headers = match credentials {
@@ -680,6 +739,8 @@ pub struct BlobReader {
     /// The digest so far, and the one that is expected.
     check: Option<(Hasher<io::Sink>, Digest)>,
     answer: Option<Answer>,
+    /// Where this answer began to bring something new.
+    began: u64,
     /// Bytes before `pos` that this answer brings all the same.
     skip: u64,
     chunk: Bytes,
@@ -723,7 +784,10 @@ impl BlobReader {
     fn fill(&mut self) -> Result<(), Failure> {
         let mut answer = match self.answer.take() {
             Some(answer) => answer,
-            None => self.open()?,
+            None => {
+                self.began = self.pos;
+                self.open()?
+            }
         };
         let Some(mut chunk) = answer.chunk()? else {
             let why = format!("the answer ended at {} of {} bytes", self.pos, self.end);
@@ -763,8 +827,12 @@ impl Read for BlobReader {
                 }
                 return Ok(0);
             }
-            if let Err(failure) = self.fill() {
+            if let Err(mut failure) = self.fill() {
                 self.answer = None;
+                if let Failure::Again { got, .. } = &mut failure {
+                    // What came once more is no progress.
+                    *got = self.pos - self.began;
+                }
                 self.attempts.failed(failure).map_err(io::Error::other)?;
             }
         }

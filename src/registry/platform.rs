@@ -7,6 +7,7 @@ use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use serde::Deserialize;
 
 use super::{Client, Manifest, Reference};
+use crate::bounded::{names, shown};
 use crate::digest::Digest;
 
 /// What an image is to be for. What is not given is that of this machine.
@@ -30,9 +31,9 @@ struct Found {
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let part = |part: &Option<String>| part.clone().unwrap_or_else(|| "unknown".into());
+        let part = |part: &Option<String>| part.as_ref().map_or("unknown".into(), |p| shown(p.as_bytes()));
         write!(f, "{}/{}", part(&self.os), part(&self.architecture))?;
-        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
+        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{}", shown(variant.as_bytes())))
     }
 }
 
@@ -95,9 +96,7 @@ impl Platform {
         };
         let fitting = index.manifests().iter().filter_map(|image| Some((self.fit(&of(image)?)?, image)));
         fitting.min_by_key(|(fit, _)| *fit).map(|(_, image)| image).with_context(|| {
-            let has: Vec<_> =
-                index.manifests().iter().filter_map(of).map(|found| found.to_string()).collect();
-            format!("no image for {self}; there are: {}", has.join(", "))
+            format!("no image for {self}; there are: {}", names(index.manifests().iter().filter_map(of)))
         })
     }
 

@@ -2,26 +2,32 @@
 
 use std::io::{self, Read};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::{Buf, Bytes};
 use oci_spec::image::{Descriptor, MediaType};
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
 use super::Transport;
+use crate::bounded::names;
 use crate::digest::Digest;
 use crate::http::{Answer, Body, Failure, Http, Retry};
-use crate::registry::{Client, Manifest, Reference, not_found};
+use crate::registry::{Client, Manifest, Options, Reference, not_found};
+
+/// The most places that a foreign layer is looked for at.
+const MAX_URLS: usize = 4;
 
 /// An image in a registry.
 pub(super) struct Docker {
     client: Client,
     reference: Reference,
+    foreign_layers: bool,
 }
 
 impl Docker {
-    pub(super) fn new(client: Client, reference: Reference) -> Self {
-        Self { client, reference }
+    pub(super) fn new(options: Options, reference: Reference) -> Self {
+        let foreign_layers = options.foreign_layers;
+        Self { client: Client::new(options), reference, foreign_layers }
     }
 }
 
@@ -38,6 +44,13 @@ impl Transport for Docker {
         let digest: Digest = blob.digest().to_string().parse()?;
         let urls = blob.urls().as_deref().unwrap_or_default();
         if !urls.is_empty() && !self.client.has_blob(&self.reference, digest)? {
+            // An image must not make this machine ask any server there is.
+            ensure!(
+                self.foreign_layers,
+                "foreign layer {}: not in the registry, and not fetched from {} without --foreign-layers",
+                blob.digest(),
+                names(urls)
+            );
             return foreign(urls, offset).with_context(|| format!("foreign layer {}", blob.digest()));
         }
         // Not the blob as a whole, which would be hashed here and once more by those who read it.
@@ -51,7 +64,7 @@ impl Transport for Docker {
     fn tagged(&self, tag: &str) -> Result<Option<Box<dyn Transport>>> {
         let reference = self.reference.with_tag(tag)?;
         match self.client.digest(&reference) {
-            Ok(_) => Ok(Some(Box::new(Self { client: self.client.clone(), reference }))),
+            Ok(_) => Ok(Some(Box::new(Self { client: self.client.clone(), reference, ..*self }))),
             Err(e) if not_found(&e) => Ok(None),
             Err(e) => Err(e),
         }
@@ -81,7 +94,8 @@ impl Transport for Docker {
 fn foreign(urls: &[String], offset: u64) -> Result<Box<dyn Read + Send>> {
     let http = Http::new(Retry::default())?;
     let mut last = None;
-    for url in urls.iter().filter(|url| url.starts_with("https://") || url.starts_with("http://")) {
+    let known = |url: &&String| url.starts_with("https://") || url.starts_with("http://");
+    for url in urls.iter().filter(known).take(MAX_URLS) {
         let ask = || {
             let answer = http.send(Method::GET, url, &[], Body::None)?;
             if answer.status() == StatusCode::OK { Ok(answer) } else { Err(answer.refused()) }

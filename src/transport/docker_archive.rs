@@ -4,6 +4,7 @@
 //! it, so one is made of that, with the digests that are found.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::Read;
 use std::path::Path;
 
@@ -13,7 +14,8 @@ use serde::Deserialize;
 
 use super::files::Files;
 use super::layout::split;
-use super::{MAX_DOCUMENT, Manifest, Transport, oci_digest};
+use super::{MAX_DOCUMENT, MAX_LAYERS, Manifest, Transport, oci_digest};
+use crate::bounded;
 use crate::digest::Digest;
 
 /// An image in an archive.
@@ -33,9 +35,9 @@ struct Saved {
 }
 
 impl DockerArchive {
-    pub(super) fn open(reference: &str) -> Result<Self> {
+    pub(super) fn open(reference: &str, max: u64) -> Result<Self> {
         let (path, name) = split(reference);
-        let files = Files::archive(Path::new(path))?;
+        let files = Files::archive(Path::new(path), max)?;
         let saved = files.read("manifest.json", MAX_DOCUMENT).context("not an archive of docker save")?;
         let saved: Vec<Saved> = serde_json::from_slice(&saved).context("manifest.json")?;
         let tags = |image: &Saved| image.repo_tags.clone().unwrap_or_default();
@@ -44,14 +46,21 @@ impl DockerArchive {
             None => Some(&saved).filter(|saved| saved.len() == 1).and_then(|saved| saved.first()),
         };
         let image = found.with_context(|| {
-            let all: Vec<_> = saved.iter().flat_map(tags).collect();
             let what = name.map_or("several images: one must be named".into(), |n| format!("no image {n:?}"));
-            format!("{what}; there are: {}", all.join(", "))
+            format!("{what}; there are: {}", bounded::names(saved.iter().flat_map(tags)))
         })?;
 
-        let mut names = HashMap::new();
+        let layers = image.layers.len();
+        ensure!(layers <= MAX_LAYERS, "an image of {layers} layers: more than {MAX_LAYERS}");
+        let (mut names, mut hashed) = (HashMap::new(), HashMap::new());
         let mut blob = |name: &str, media_type| -> Result<Descriptor> {
-            let (digest, size) = Digest::of_reader(files.open(name, 0)?).with_context(|| name.to_string())?;
+            // A layer may be there many times, under many names.
+            let (digest, size) = match hashed.entry(files.place(name)?) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => {
+                    *new.insert(Digest::of_reader(files.open(name, 0)?).with_context(|| name.to_string())?)
+                }
+            };
             names.insert(digest, name.to_string());
             Ok(Descriptor::new(media_type, size, oci_digest(digest)?))
         };

@@ -9,11 +9,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::bounded::shown;
 use crate::io::scratch_file;
 use crate::untar::{Archive, Kind};
 
 /// The most files that an archive may hold; an image has a hundred.
 const MAX_FILES: usize = 1 << 16;
+
+/// The most bytes of the names of these files together, all of which are in memory.
+const MAX_NAMES: usize = 8 << 20;
+
+/// What a compressed archive of an image may have beside the image, in bytes: headers, documents, padding.
+const REST: u64 = 16 << 20;
 
 /// Files by name.
 pub(super) enum Files {
@@ -48,8 +55,9 @@ impl Read for Part {
 }
 
 impl Files {
-    /// The files in a tar archive. One that is compressed is decompressed to where temporary files are.
-    pub(super) fn archive(path: &Path) -> Result<Self> {
+    /// The files in a tar archive. One that is compressed is decompressed to where temporary files are, of which it takes
+    /// `max` bytes at most.
+    pub(super) fn archive(path: &Path, max: u64) -> Result<Self> {
         let mut file = File::open(path)?;
         let mut head = [0; 6];
         let n = file.read_at(&mut head, 0)?;
@@ -58,21 +66,33 @@ impl Files {
         if gzip || xz || head[..n].starts_with(&[0x28, 0xB5, 0x2F, 0xFD]) {
             let mut plain = scratch_file(&std::env::temp_dir())?;
             let packed = BufReader::new(file);
-            let mut content: Box<dyn Read> = match (gzip, xz) {
+            let content: Box<dyn Read> = match (gzip, xz) {
                 (true, _) => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
                 (_, true) => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(packed)),
                 _ => Box::new(zstd::stream::read::Decoder::with_buffer(packed)?),
             };
-            io::copy(&mut content, &mut plain).context("decompressing")?;
+            let limit = max.saturating_add(REST);
+            let found = io::copy(&mut content.take(limit.saturating_add(1)), &mut plain);
+            ensure!(
+                found.context("decompressing")? <= limit,
+                "the archive takes more than {max} bytes when decompressed; one that is not compressed takes none"
+            );
             file = plain;
         }
         file.seek(SeekFrom::Start(0))?;
-        let mut members = HashMap::new();
+        let (mut members, mut names) = (HashMap::new(), 0);
         let mut archive = Archive::new(BufReader::new(file.try_clone()?));
         while let Some(member) = archive.next_member()? {
             let name = clean(&member.path);
             let found = match member.kind {
-                Kind::File => Member::Content { start: archive.position(), len: member.size },
+                Kind::File => {
+                    ensure!(
+                        member.pieces.is_none(),
+                        "member {:?}: sparse, which images never are in an archive",
+                        shown(&name)
+                    );
+                    Member::Content { start: archive.position(), len: member.size }
+                }
                 Kind::HardLink => Member::Link(clean(&member.link)),
                 // Docker does this with layers that several images share.
                 Kind::Symlink => {
@@ -81,6 +101,8 @@ impl Files {
                 }
                 _ => continue,
             };
+            names += member.path.len() + member.link.len();
+            ensure!(names <= MAX_NAMES, "names of more than {MAX_NAMES} bytes");
             members.insert(name, found);
             ensure!(members.len() <= MAX_FILES, "more than {MAX_FILES} files");
         }
@@ -91,8 +113,12 @@ impl Files {
     pub(super) fn open(&self, name: &str, offset: u64) -> Result<Part> {
         let (file, start, len) = match self {
             Self::Dir(dir) => {
-                let file = File::open(dir.join(name)).with_context(|| name.to_string())?;
-                let len = file.metadata()?.len();
+                let path = dir.join(name);
+                let found = path.metadata().with_context(|| name.to_string())?;
+                // Not one that never ends, nor one that nobody writes to.
+                ensure!(found.is_file(), "{name}: not a file");
+                let file = File::open(path).with_context(|| name.to_string())?;
+                let len = found.len();
                 (Arc::new(file), 0, len)
             }
             Self::Archive { file, members } => {
@@ -106,6 +132,12 @@ impl Files {
         };
         ensure!(offset <= len, "{name}: {len} bytes, not more than {offset}");
         Ok(Part { file, pos: start + offset, end: start + len })
+    }
+
+    /// Where in the archive a file is; the same for all of its names.
+    pub(super) fn place(&self, name: &str) -> Result<(u64, u64)> {
+        let part = self.open(name, 0)?;
+        Ok((part.pos, part.end))
     }
 
     /// Whether there is a file `name`.

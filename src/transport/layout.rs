@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::files::Files;
 use super::{MAX_DOCUMENT, Manifest, Transport, belongs, signature_file};
+use crate::bounded::names;
 use crate::digest::Digest;
 use crate::openpgp::MAX_SIGNATURE;
 
@@ -50,9 +51,9 @@ impl Layout {
         Self::new(Files::Dir(path.into()), tag)
     }
 
-    pub(super) fn archive(reference: &str) -> Result<Self> {
+    pub(super) fn archive(reference: &str, max: u64) -> Result<Self> {
         let (path, tag) = split(reference);
-        Self::new(Files::archive(Path::new(path))?, tag)
+        Self::new(Files::archive(Path::new(path), max)?, tag)
     }
 
     fn new(files: Files, tag: Option<&str>) -> Result<Self> {
@@ -91,10 +92,7 @@ impl Transport for Layout {
             None if images.len() == 1 => Ok(&images[0]),
             None => named(DEFAULT_TAG).context("several images: one must be named"),
         };
-        let found = found.with_context(|| {
-            let names: Vec<_> = images.iter().filter_map(name).collect();
-            format!("there are: {}", names.join(", "))
-        })?;
+        let found = found.with_context(|| format!("there are: {}", names(images.iter().filter_map(name))))?;
         super::checked(self, found)
     }
 

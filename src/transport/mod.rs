@@ -21,8 +21,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
 
+use crate::bounded::shown;
 use crate::digest::Digest;
-use crate::registry::{Client, Manifest, Options, Platform, Reference, is_index};
+use crate::registry::{Manifest, Options, Platform, Reference, is_index};
 
 pub use layout::{BLOBS, DEFAULT_TAG, INDEX, LAYOUT, blob_path, check_version};
 
@@ -31,6 +32,16 @@ pub const MAX_DOCUMENT: u64 = 4 << 20;
 
 /// How deep indexes may be nested in each other.
 pub const MAX_NESTED: usize = 4;
+
+/// The most layers of an image: ten times what those have that are cut into many on purpose.
+pub const MAX_LAYERS: usize = 4096;
+
+/// The most manifests of an image, with those in all of its indexes and those of what belongs to it: an index has some
+/// twenty, and one that is signed and attested in all its parts some hundred.
+pub const MAX_MANIFESTS: usize = 1000;
+
+/// The most bytes of all these manifests together: all of them are in memory while an image is copied.
+pub const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// A place that an image is read from.
 pub trait Transport: Send + Sync {
@@ -84,8 +95,9 @@ pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
     let opened: Result<Box<dyn Transport>> = match transport {
         _ if through_skopeo => skopeo::Skopeo::open(reference, &options).map(|image| Box::new(image) as _),
         "oci" => layout::Layout::dir(rest).map(|layout| Box::new(layout) as _),
-        "oci-archive" => layout::Layout::archive(rest).map(|layout| Box::new(layout) as _),
-        "docker-archive" => docker_archive::DockerArchive::open(rest).map(|archive| Box::new(archive) as _),
+        "oci-archive" => layout::Layout::archive(rest, options.max_archive).map(|l| Box::new(l) as _),
+        "docker-archive" => docker_archive::DockerArchive::open(rest, options.max_archive)
+            .map(|archive| Box::new(archive) as _),
         "dir" => Ok(Box::new(dir::Dir::new(Path::new(rest)))),
         // Skopeo knows more; such a name must not be taken for that of a repository.
         "ostree" | "sif" | "tarball" => {
@@ -95,7 +107,7 @@ pub fn open(reference: &str, options: Options) -> Result<Box<dyn Transport>> {
         _ => reference
             .parse::<Reference>()
             .map_err(Into::into)
-            .map(|reference| Box::new(docker::Docker::new(Client::new(options), reference)) as _),
+            .map(|reference| Box::new(docker::Docker::new(options, reference)) as _),
     };
     opened.with_context(named)
 }
@@ -143,10 +155,40 @@ pub fn manifest(document: &Manifest) -> Result<ImageManifest> {
     let media_type = document.media_type.to_string();
     ensure!(
         document.media_type == MediaType::ImageManifest || media_type == DOCKER_MANIFEST,
-        "a manifest of media type {media_type}: expected {} or {DOCKER_MANIFEST}",
+        "a manifest of media type {}: expected {} or {DOCKER_MANIFEST}",
+        shown(media_type.as_bytes()),
         MediaType::ImageManifest
     );
-    serde_json::from_slice(&document.bytes).context("not an image manifest")
+    parse(&document.bytes)
+}
+
+/// Reads the manifest of an image, whatever its media type is.
+pub fn parse(bytes: &[u8]) -> Result<ImageManifest> {
+    let manifest: ImageManifest = serde_json::from_slice(bytes).context("not an image manifest")?;
+    let layers = manifest.layers().len();
+    ensure!(layers <= MAX_LAYERS, "a manifest of {layers} layers: more than {MAX_LAYERS}");
+    Ok(manifest)
+}
+
+/// Counts the manifests of an image.
+#[derive(Debug, Default)]
+pub struct Totals {
+    manifests: usize,
+    bytes: u64,
+}
+
+impl Totals {
+    /// Counts one more. An error where that is too much.
+    pub fn add(&mut self, document: &Manifest) -> Result<()> {
+        self.manifests += 1;
+        self.bytes += document.bytes.len() as u64;
+        ensure!(self.manifests <= MAX_MANIFESTS, "more than {MAX_MANIFESTS} manifests belong to the image");
+        ensure!(
+            self.bytes <= MAX_MANIFEST_BYTES,
+            "the manifests of the image have more than {MAX_MANIFEST_BYTES} bytes together"
+        );
+        Ok(())
+    }
 }
 
 /// Docker's name of a manifest.
@@ -156,7 +198,7 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 pub fn document(transport: &dyn Transport, blob: &Descriptor) -> Result<Vec<u8>> {
     ensure!(blob.size() <= MAX_DOCUMENT, "{} bytes: more than {MAX_DOCUMENT}", blob.size());
     let mut bytes = Vec::new();
-    transport.part(blob, 0, blob.size())?.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
+    transport.part(blob, 0, blob.size())?.take(blob.size() + 1).read_to_end(&mut bytes)?;
     let expected: Digest = blob.digest().to_string().parse()?;
     Digest::of(&bytes).must_be(expected)?;
     Ok(bytes)

@@ -312,6 +312,36 @@ fn sizes_and_damage_end_in_errors() {
             Error("--max-size"),
         ),
         (
+            "directories that no member describes",
+            one((0..8).fold(tar(), |t, i| {
+                let path = format!("{i}/{}f", "d/".repeat(300));
+                t.pax(&[("path", path.as_bytes())]).file("x", "")
+            })),
+            Error("--max-size"),
+        ),
+        (
+            "attributes",
+            one((0..10).fold(tar(), |t, i| {
+                t.pax(&[("SCHILY.xattr.none.x", &[b'x'; 1_000_000])]).file(&format!("f{i}"), "")
+            })),
+            Error("--max-size"),
+        ),
+        (
+            "layers of nothing, each smaller than an image may be",
+            (0..2).map(|_| Layer::gzip(&[tar().end(), vec![0; 5 << 20]].concat())).collect(),
+            Error("the image is larger than 8388608 bytes; --max-size allows more"),
+        ),
+        (
+            "layers that are longer than an image may be",
+            vec![Layer::plain(zeros[..5 << 20].to_vec()), Layer::plain(zeros[..5 << 20].to_vec())],
+            Error("the layers have 10485760 bytes, more than 8388608; --max-size allows more"),
+        ),
+        (
+            "a name longer than a message",
+            one(tar().pax(&[("path", format!("{}/..", "x".repeat(500_000)).as_bytes())]).file("x", "")),
+            Error("… (500003 bytes)\": a path with"),
+        ),
+        (
             "sparse bomb",
             one(sparse(&[("GNU.sparse.map", b"0,1"), ("GNU.sparse.size", b"1000000000000000")])),
             Error("--max-size"),

@@ -2,6 +2,7 @@
 //! and a cache serves many at once.
 
 mod cached;
+mod costs;
 mod hostile;
 pub(crate) mod layers;
 mod mirrored;

@@ -25,7 +25,9 @@ struct Storage {
 }
 
 impl Storage {
+    /// In a directory that is closed to others: trees in it are as they are in the image.
     fn new(dir: &Path) -> Self {
+        fs::set_permissions(dir, PermissionsExt::from_mode(0o700)).unwrap();
         Self { dir: dir.into(), run: tempfile::tempdir().unwrap() }
     }
 

@@ -347,6 +347,19 @@ fn lies() {
 }
 
 /// A registry that keeps all it got of an upload, as the specification has it.
+/// Each attempt brings two megabytes, always the same ones: that is no progress.
+#[test]
+fn what_comes_once_more_is_no_progress() {
+    let blob = noise(7, 8 << 20);
+    let body = blob.clone();
+    let server = Server::start(move |_| Reply { cut: Some(2 << 20), ..Reply::new(200, body.clone()) });
+    let name: Reference = format!("{}/x:1", server.address).parse().unwrap();
+    let reader = Client::new(insecure()).blob(&name, Digest::of(&blob), blob.len() as u64).unwrap();
+    let e = read(reader).unwrap_err().to_string();
+    assert!(e.contains("gave up after 4 attempts"), "{e}");
+    assert_eq!(server.lines().len(), 4);
+}
+
 fn keeps_uploads() -> (Server, Arc<Mutex<Vec<u8>>>) {
     let got = Arc::<Mutex<Vec<u8>>>::default();
     let have = got.clone();

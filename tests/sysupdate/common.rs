@@ -36,6 +36,11 @@ impl Serve {
         self.serving.child.id()
     }
 
+    /// The most memory that it has had in use, in MiB.
+    pub fn peak(&self) -> u64 {
+        self.serving.peak()
+    }
+
     /// Ends it, and gives what it said.
     pub fn log(self) -> String {
         self.serving.log()

@@ -163,3 +163,37 @@ fn a_registry_that_does_not_answer() {
     }
     assert_eq!(asked.load(Ordering::Relaxed), 3 + 1 + 1 + 1);
 }
+
+/// Manifests of four megabytes: of more layers than an image has, and of one layer with annotations without end.
+#[test]
+fn manifests_that_are_large() {
+    let layer = |title: &str| {
+        json!({ "mediaType": TAR, "size": 1, "digest": Digest::of(title.as_bytes()).oci(),
+            "annotations": { TITLE: title } })
+    };
+    let layers = json!({ "schemaVersion": 2, "mediaType": MANIFEST,
+        "layers": (0..17_000).map(|n| layer(&format!("f{n}.raw"))).collect::<Vec<_>>() });
+    let mut annotated = layer("disk.raw");
+    for n in 0..300_000 {
+        annotated["annotations"][format!("{n:x}")] = "".into();
+    }
+    let annotated = json!({ "schemaVersion": 2, "mediaType": MANIFEST, "layers": [annotated] });
+    let documents = [layers.to_string(), annotated.to_string()];
+    assert!(documents.iter().all(|document| (3 << 20..4 << 20).contains(&document.len())));
+    let tags: Vec<_> = (0..30).map(|n| format!("{n}")).collect();
+    let server = Server::start(move |request| {
+        let what = request.path.rsplit('/').next().unwrap();
+        match what.parse::<usize>() {
+            Ok(n) => Reply::new(200, documents[n % 2].clone()).header("Content-Type", MANIFEST),
+            Err(_) => Reply::new(200, json!({ "tags": tags }).to_string()),
+        }
+    });
+    let serve = serve(&server, &[]);
+    let mut names: Vec<_> = (0..15).map(|n| format!("os-{}.raw", 2 * n + 1)).collect();
+    names.sort();
+    assert_eq!(serve.names("os"), names);
+    assert!(serve.peak() < 200, "{} MiB", serve.peak());
+    assert!(
+        serve.log().contains("/os:0: left out: not a manifest of an image: a list of more than 4096 entries")
+    );
+}

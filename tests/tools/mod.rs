@@ -12,7 +12,7 @@ pub mod small;
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -152,20 +152,49 @@ impl Drop for Nginx {
 }
 
 /// The most memory that a process has had in use, as the kernel counted.
-pub fn peak(mut child: Child) -> u64 {
-    let mut peak = 0;
-    loop {
-        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-        if let Some(kib) = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok()) {
-            peak = peak.max(kib << 10);
-        }
-        if child.try_wait().unwrap().is_some() {
-            let output = child.wait_with_output().unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            return peak;
-        }
-        std::thread::sleep(Duration::from_millis(5));
+pub fn peak(child: Child) -> u64 {
+    let ended = Ended::watch(child);
+    assert!(ended.success, "{}", ended.said);
+    ended.peak
+}
+
+/// A process that has ended.
+pub struct Ended {
+    pub success: bool,
+    /// On stderr, where that was a pipe.
+    pub said: String,
+    /// The most memory that it has had in use, in bytes.
+    pub peak: u64,
+    pub time: Duration,
+}
+
+impl Ended {
+    /// Runs a command to its end.
+    pub fn run(command: &mut Command) -> Self {
+        Self::watch(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn watch(mut child: Child) -> Self {
+        let start = Instant::now();
+        let stderr = child.stderr.take();
+        let said = std::thread::spawn(move || {
+            let mut said = Vec::new();
+            stderr.map(|mut stderr| stderr.read_to_end(&mut said));
+            String::from_utf8_lossy(&said).into_owned()
+        });
+        let mut peak = 0;
+        let status = loop {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+            if let Some(kib) = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok()) {
+                peak = peak.max(kib << 10);
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        Self { success: status.success(), said: said.join().unwrap(), peak, time: start.elapsed() }
     }
 }
 

@@ -1,7 +1,6 @@
 //! `rehydrator serve` as curl sees it, and what each of its files must stand.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -83,9 +82,7 @@ impl Serve {
 
     /// The most memory that it has had in use, in MiB.
     pub fn peak(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.serving.child.id())).unwrap();
-        let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
-        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+        self.serving.peak()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program as it serves.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -36,6 +37,13 @@ impl Serving {
         let all = log.clone();
         std::thread::spawn(move || lines.for_each(|line| *all.lock().unwrap() += &(line + "\n")));
         Self { child, address, log }
+    }
+
+    /// The most memory that it has had in use, in MiB.
+    pub fn peak(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
     }
 
     /// Ends it, and gives what it said.
