@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rehydrator::source::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin};
+use rehydrator::source::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin, Trace};
 use rehydrator::source::delta::{Base, Delta};
 use rehydrator::source::{Concat, File, Reader, Slice, Source, Zeros, blob};
 
@@ -50,8 +50,7 @@ fn conform(source: &dyn Source, expected: &[u8]) {
         let error = source.read_at(offset, &mut vec![0; len]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{len} bytes at {offset}");
     }
-    let mut uses = vec![];
-    source.trace(0, source.len(), 0, &mut uses);
+    let uses = Trace::of(source, usize::MAX).unwrap();
     assert!(uses.windows(2).all(|w| w[0].at + u64::from(w[0].len) <= w[1].at), "uses overlap or go back");
 }
 
@@ -153,7 +152,7 @@ fn deltas() {
     ] {
         let delta = index.diff(&target, Vec::new()).unwrap();
         assert!(delta.len() < literals + 500, "{name}: a delta of {} bytes", delta.len());
-        let source = Delta::open(Arc::new(delta.clone()), with_zeros.clone()).unwrap();
+        let source = Delta::open(Arc::new(delta.clone()), with_zeros.clone(), u64::MAX).unwrap();
         if target.is_empty() {
             assert!(source.is_empty());
         } else {
@@ -162,17 +161,20 @@ fn deltas() {
         assert!(rdiff_patch(&*with_zeros, &delta) == target, "{name}: rdiff patch differs");
         for len in 0..delta.len().min(300) {
             assert!(
-                Delta::open(Arc::new(delta[..len].to_vec()), with_zeros.clone()).is_err(),
+                Delta::open(Arc::new(delta[..len].to_vec()), with_zeros.clone(), u64::MAX).is_err(),
                 "{name}: cut at {len}"
             );
         }
         let long = [&delta[..], &[0]].concat();
-        assert!(Delta::open(Arc::new(long), with_zeros.clone()).is_err(), "{name}: a byte after the end");
+        assert!(
+            Delta::open(Arc::new(long), with_zeros.clone(), u64::MAX).is_err(),
+            "{name}: a byte after the end"
+        );
     }
     // A delta from rdiff itself is read as well.
     let outside = [0x72, 0x73, 0x02, 0x36, 0x45, 0xff, 0xff, 0x00];
     let small: Arc<dyn Source> = Arc::new(noise(12, 300));
-    let error = Delta::open(Arc::new(outside.to_vec()), small).err().unwrap().to_string();
+    let error = Delta::open(Arc::new(outside.to_vec()), small, u64::MAX).err().unwrap().to_string();
     assert!(error.contains("a copy of 255 bytes at 255 of a base of 300"), "{error}");
 }
 
@@ -232,8 +234,7 @@ fn a_planned_cache_decodes_what_its_budget_allows() {
         let cache = Cache::new(budget as u64);
         let map = ClusterMap { len: plain.len() as u64, extents: extents.clone(), codec: codec.clone() };
         let source = Clustered::new(map, Arc::new(Zeros(0)), cache.clone());
-        let mut uses = vec![];
-        source.trace(0, source.len(), 0, &mut uses);
+        let uses = cache.plan(&source);
         let mut out = vec![0; plain.len()];
         cache.with_plan(uses, 2, || {
             for (i, piece) in out.chunks_mut(125_000).enumerate() {

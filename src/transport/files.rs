@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::decompress;
 use crate::io::scratch_file;
 use crate::untar::{Archive, Kind};
 
@@ -60,8 +61,8 @@ impl Files {
             let packed = BufReader::new(file);
             let mut content: Box<dyn Read> = match (gzip, xz) {
                 (true, _) => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
-                (_, true) => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(packed)),
-                _ => Box::new(zstd::stream::read::Decoder::with_buffer(packed)?),
+                (_, true) => Box::new(decompress::xz(packed)?),
+                _ => Box::new(decompress::zstd(packed)?),
             };
             io::copy(&mut content, &mut plain).context("decompressing")?;
             file = plain;

@@ -68,7 +68,7 @@ pub fn delta_base() -> Vec<u8> {
 }
 
 fn delta(bytes: &[u8]) {
-    if let Ok(source) = Delta::open(Arc::new(bytes.to_vec()), Arc::new(delta_base())) {
+    if let Ok(source) = Delta::open(Arc::new(bytes.to_vec()), Arc::new(delta_base()), u64::MAX) {
         read(&source);
     }
 }
@@ -91,9 +91,9 @@ fn segment_map(content: &[u8]) {
     let mut crc = flate2::Crc::new();
     crc.update(content);
     let bytes = [content, &crc.sum().to_le_bytes(), MAP_END].concat();
-    if let Ok(map) = Map::from_bytes(&bytes) {
+    if let Ok(map) = Map::from_bytes(&bytes, u64::MAX) {
         assert!(
-            Map::from_bytes(&map.to_bytes()).is_ok_and(|again| again == map),
+            Map::from_bytes(&map.to_bytes(), u64::MAX).is_ok_and(|again| again == map),
             "a map that does not come back"
         );
         // Crafted corrections can make preflate run for long: docs/format.md.
