@@ -375,8 +375,12 @@ fn hostile_maps() {
         refused(&sealed(content), wanted);
     }
     // More bytes, or fewer, than the map says.
+    refused(
+        &sealed(b"\x01\x00\x04\x01\x00\x05"),
+        "segment map: the segments make more than the 4 bytes of the whole",
+    );
     for (content, wanted) in [
-        (b"\x01\x00\x04\x01\x00\x05", "fold: more bytes than the map says"),
+        (&b"\x01\x01\x00\x06\x0f\x08\x01\x01\x04\x05"[..], "fold: more bytes than the map says"),
         (b"\x01\x00\x06\x01\x00\x05", "fold: 1 bytes less than the map says"),
     ] {
         let map = Map::from_bytes(&sealed(content), u64::MAX).unwrap();

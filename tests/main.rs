@@ -18,6 +18,7 @@ mod image;
 mod imports;
 mod inspect;
 mod mirror;
+mod opened;
 mod published;
 mod pull;
 mod registry;
