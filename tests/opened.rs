@@ -213,22 +213,6 @@ fn deltas_of_millions_of_commands() {
     refuses(&parts, &rehydrate("metal", &[]), "bytes of memory have room for");
 }
 
-/// A byte of each of two clusters by turns, in a cache that has no room for both, and each a long way to decode.
-#[test]
-fn the_same_expensive_clusters_again_and_again() {
-    const CLUSTERS: u64 = 24;
-    let plain = [&[ZSTD][..], &vec![0; (CLUSTERS as usize) * (4 << 20)]].concat();
-    // Plain text of 96 MiB; the plan is too long for the memory, so every cluster is decoded for each byte.
-    let copy =
-        |i: u64| [&[0x45 + 8][..], &((i * 7 % CLUSTERS) << 22 | i % 4096).to_be_bytes()[4..], &[1]].concat();
-    let copies: Vec<u8> = (0..1 << 20).flat_map(copy).collect();
-    let over = source("delta", 2, &json!({ "plain-size": 1 << 20, "base": [0] }));
-    let sources = [source("zstd", 1, &json!({ "plain-size": CLUSTERS << 22 })), over];
-    let parts =
-        [index(&sources, 1 << 20, &json!({})), plain, [&[ZSTD][..], b"rs\x026", &copies, &[0]].concat()];
-    refuses(&parts, &rehydrate("metal", &[]), "mismatch");
-}
-
 /// What preflate's corrections begin with: the parameters of a stream of zlib, of which the block has so many tokens.
 fn corrections(tokens: u16, coded: &[u8]) -> Vec<u8> {
     let [low, high] = tokens.to_le_bytes();

@@ -5,7 +5,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rehydrator::source::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin, Trace};
+use rehydrator::source::cluster::{
+    Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin, Trace, limited,
+};
 use rehydrator::source::delta::{Base, Delta};
 use rehydrator::source::{Concat, File, Reader, Slice, Source, Zeros, blob};
 
@@ -249,4 +251,59 @@ fn a_planned_cache_decodes_what_its_budget_allows() {
         assert!(decodes <= most, "budget {budget}: {decodes} decodes");
         conform(&source, &expected);
     }
+}
+
+/// The same clusters again and again, in a cache that has no room for them: decoding ends at the limit.
+#[test]
+fn decoding_is_limited() {
+    let codec = Arc::new(Counting { plain: vec![1; 2 * CLUSTER], decodes: AtomicU64::new(0) });
+    let extents = (0..100u32).map(|i| Extent {
+        start: i.into(),
+        len: 1,
+        origin: Origin::Cluster { id: i % 2, offset: i },
+    });
+    let map = ClusterMap { len: 100, extents: extents.collect(), codec: codec.clone() };
+    let source = Clustered::new(map, Arc::new(Zeros(0)), Cache::new(0));
+    let error = limited(10 * CLUSTER as u64, || source.read_at(0, &mut [0; 100])).unwrap_err().to_string();
+    assert!(error.contains("more than 1638400 bytes would have to be decoded"), "{error}");
+    assert_eq!(codec.decodes.load(Ordering::Relaxed), 10);
+    // Without a limit it is only slow, and a plan allows for what is read.
+    source.read_at(0, &mut [0; 100]).unwrap();
+}
+
+/// Deltas that copy what is below them twice have more uses than any memory holds.
+#[test]
+fn a_trace_ends_at_its_bound() {
+    let plain = seekable(&[7; 16]);
+    let cache = Cache::new(0);
+    let mut source: Arc<dyn Source> = Arc::new(blob::open(Arc::new(plain), cache.clone()).unwrap());
+    for level in 0..40 {
+        let copy = [&[0x45 + 3, 0][..], &(16u64 << level).to_be_bytes()].concat();
+        let delta = [b"rs\x026", &copy[..], &copy, &[0]].concat();
+        source = Arc::new(Delta::open(Arc::new(delta), source, u64::MAX).unwrap());
+    }
+    assert!(Trace::of(&*source, 1000).is_none() && cache.plan(&*source).is_empty());
+    assert_eq!(Trace::of(&*Slice::new(source, 0, 160).map(Arc::new).unwrap(), 10).unwrap().len(), 10);
+    // Parts without a cluster count too: a step each.
+    let mut zeros: Arc<dyn Source> = Arc::new(Zeros(16));
+    for _ in 0..40 {
+        zeros = Arc::new(Concat::new(vec![zeros.clone(), zeros]).unwrap());
+    }
+    assert!(Trace::of(&*zeros, usize::MAX).is_none());
+}
+
+/// Tables of open sources take their share of the memory, and no more.
+#[test]
+fn tables_are_limited() {
+    let cache = Cache::new(100 << 20);
+    let room = cache.table_room();
+    assert_eq!(room, (64 + 50) << 20);
+    cache.reserve(room - 15, "the commands of a delta").unwrap();
+    let error = cache.reserve(16, "a segment map").unwrap_err().to_string();
+    assert!(error.contains("a segment map take 16 bytes") && error.contains("--memory"), "{error}");
+    assert_eq!(cache.table_room(), 15);
+    let delta = [0x72, 0x73, 0x02, 0x36, 0x45, 0, 1, 0];
+    let base: Arc<dyn Source> = Arc::new(Zeros(1));
+    let error = Delta::open(Arc::new(delta.to_vec()), base, cache.table_room()).err().unwrap().to_string();
+    assert!(error.contains("more than 0 commands"), "{error}");
 }
