@@ -11,7 +11,7 @@
 //!
 //! Modules follow that flow and import only from those before them; `tests/imports.rs` holds them to it.
 
-pub use engine::{bytes, fold, io, source};
+pub use engine::{bytes, decompress, fold, io, source};
 
 pub mod bounded;
 pub mod catalog;

@@ -28,7 +28,7 @@ use rehydrator::recipe::Tier;
 use rehydrator::registry::{self, Client, Platform};
 use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::serve::listen::{Limits, TlsFiles};
-use rehydrator::source::{self, Source};
+use rehydrator::source;
 use rehydrator::store::Store;
 use rehydrator::transport;
 use rehydrator::verify::verify;
@@ -534,8 +534,9 @@ fn cache_of(args: &cli::CacheArgs) -> Result<Option<Cache>> {
 /// Looks into an artifact of a dehydrated directory, or into any file.
 fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
     let path = Path::new(&args.what);
-    let source: Arc<dyn Source> = if path.is_file() {
-        Arc::new(source::File::new(std::fs::File::open(path).with_context(|| args.what.clone())?)?)
+    let report = if path.is_file() {
+        let file = std::fs::File::open(path).with_context(|| args.what.clone())?;
+        inspect(Arc::new(source::File::new(file)?))
     } else {
         let rehydrator = Rehydrator::new(open(&args.data)?, quarter())?;
         let artifact = rehydrate::find(&rehydrator.store().index, &args.what, args.arch.as_deref())?;
@@ -553,9 +554,10 @@ fn run_inspect(args: &cli::Inspect, out: &mut dyn Write) -> Result<()> {
                 extracted.delta.display()
             )?);
         }
-        rehydrator.parts(artifact)?.view()
+        let view = rehydrator.parts(artifact)?.view()?;
+        rehydrator.bounded(artifact.source, || inspect(view))
     };
-    let report = inspect(source).with_context(|| args.what.clone())?;
+    let report = report.with_context(|| args.what.clone())?;
     if args.json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
         return Ok(writeln!(out)?);

@@ -46,12 +46,28 @@ pub struct Published {
 }
 
 impl Parts {
-    /// The output, to be looked into here and there.
-    pub fn view(self) -> Arc<dyn Source> {
-        match self.map {
-            Some(map) => Arc::new(Folded::new(map, self.source)),
-            None => self.source,
+    /// Checks that the lengths of what the output is made of fit each other and its `size`, before anything is read.
+    fn check(&self, size: u64) -> io::Result<()> {
+        let plain = self.source.len();
+        let (wanted, made) =
+            self.map.as_ref().map_or((plain, plain), |map| (map.plain_len(), map.folded_len()));
+        if (plain, size) == (wanted, made) {
+            return Ok(());
         }
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "size mismatch: {made} bytes are made of {wanted}: expected {size} bytes, made of the {plain} of its source"
+            ),
+        ))
+    }
+
+    /// The output, to be looked into here and there.
+    pub fn view(self) -> Result<Arc<dyn Source>> {
+        Ok(match self.map {
+            Some(map) => Arc::new(Folded::new(map, self.source)?),
+            None => self.source,
+        })
     }
 }
 
@@ -121,9 +137,8 @@ fn matches(what: &str, found: &Found, expected: &Blob) -> Result<()> {
 
 /// Makes the output of `parts`, of `size` bytes.
 fn output(parts: &Parts, size: u64, how: &How, hashes: Hashes, out: &mut dyn Output) -> io::Result<Found> {
-    let mut uses = Vec::new();
-    parts.source.trace(0, parts.source.len(), 0, &mut uses);
-    how.cache.with_plan(uses, how.threads, || {
+    parts.check(size)?;
+    how.cache.with_plan(how.cache.plan(&*parts.source), how.threads, || {
         std::thread::scope(|scope| -> io::Result<Found> {
             let mut tee = Tee::new(scope, Some(how.task), hashes, size, out);
             let mut plain = Plain { source: &*parts.source, cache: how.cache, pos: 0 };

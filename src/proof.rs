@@ -88,7 +88,7 @@ impl<'a> Proofs<'a> {
     fn kept(&self, item: &Item) -> Option<Map> {
         let bytes = read_limited(&self.path(item), MAX_MAP as u64).ok()?;
         let (line, map) = bytes.split_at_checked(bytes.iter().position(|&b| b == b'\n')?)?;
-        let map = Map::from_bytes(map.strip_prefix(b"\n")?).ok()?;
+        let map = Map::from_bytes(map.strip_prefix(b"\n")?, u64::MAX).ok()?;
         (line == encoders(&map).as_bytes()).then_some(map)
     }
 

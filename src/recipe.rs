@@ -14,8 +14,28 @@ use crate::digest::{Blake3, Digest};
 /// The format this program writes. It reads this one and all before it.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB.
-pub const MAX_INDEX: u64 = 64 << 20;
+/// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB. Parsed, an index
+/// takes some eight times its length in memory.
+pub const MAX_INDEX: u64 = 8 << 20;
+
+/// The most artifacts. A release of four architectures has about a hundred.
+pub const MAX_ARTIFACTS: usize = 4096;
+
+/// The most sources. An artifact has two or three of its own.
+pub const MAX_SOURCES: usize = 4096;
+
+/// The most sources that all sources together are made of. A delta is over two to four.
+pub const MAX_INPUTS: usize = 16 << 10;
+
+/// How many sources may be made of each other, one above the other: each is a level of recursion when a byte is read. The
+/// deepest that this program makes is six: an earlier live rootfs, its files, a live rootfs, its files, a base disk, a disk.
+pub const MAX_DEPTH: usize = 16;
+
+/// How many of those may be the files of a live rootfs: to read a byte of each decodes a cluster that lies in the next.
+pub const MAX_ROOTFS_DEPTH: usize = 2;
+
+/// The largest number of bytes that an index may name: a PiB. The sum of those in an index fits in 64 bits.
+pub const MAX_SIZE: u64 = 1 << 50;
 
 /// `index.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -283,10 +303,11 @@ impl Index {
     }
 
     fn check(&self) -> Result<()> {
-        for (i, source) in self.sources.iter().enumerate() {
-            if let Some(&input) = source.inputs().iter().find(|&&input| input >= i) {
-                bail!("source {i} is made of source {input}, which is not before it");
-            }
+        at_most("artifacts", self.artifacts.len(), MAX_ARTIFACTS)?;
+        self.check_sources()?;
+        let named = self.previous.iter().map(|previous| (&previous.file.name, previous.file.blob.size));
+        for (name, size) in named.chain([(&self.stream.name, self.stream.blob.size)]) {
+            at_most(&format!("bytes of {name}"), size, MAX_SIZE)?;
         }
         let mut names = BTreeSet::new();
         for artifact in &self.artifacts {
@@ -298,6 +319,11 @@ impl Index {
             );
             for name in [&artifact.published.name, &artifact.output.name] {
                 check_file_name(name)?;
+            }
+            let blobs = [artifact.map, artifact.published_map, artifact.signature].into_iter().flatten();
+            let sizes = blobs.chain([artifact.published.blob, artifact.output.blob]).map(|blob| blob.size);
+            for size in sizes.chain([artifact.stored]) {
+                at_most(&format!("artifact {}: bytes", artifact.published.name), size, MAX_SIZE)?;
             }
             ensure!(names.insert(&artifact.output.name), "two artifacts are named {}", artifact.output.name);
             ensure!(
@@ -316,10 +342,47 @@ impl Index {
         Ok(())
     }
 
+    /// Checks what opening and reading the sources costs, whoever wrote the index.
+    fn check_sources(&self) -> Result<()> {
+        at_most("sources", self.sources.len(), MAX_SOURCES)?;
+        let inputs = self.sources.iter().map(|source| source.inputs().len());
+        at_most("sources that sources are made of", inputs.sum(), MAX_INPUTS)?;
+        // Of each source how many are above each other down to it, and how many of those are files of a live rootfs.
+        let mut depths: Vec<(usize, usize)> = Vec::with_capacity(self.sources.len());
+        for (i, source) in self.sources.iter().enumerate() {
+            let mut depth = (0, 0);
+            for &input in source.inputs() {
+                let Some(below) = depths.get(input) else {
+                    bail!("source {i} is made of source {input}, which is not before it");
+                };
+                depth = (depth.0.max(below.0), depth.1.max(below.1));
+            }
+            depth.0 += 1;
+            depth.1 += usize::from(matches!(source, SourceSpec::Rootfs { .. }));
+            at_most(&format!("source {i}: sources over each other"), depth.0, MAX_DEPTH)?;
+            at_most(&format!("source {i}: live rootfs in each other"), depth.1, MAX_ROOTFS_DEPTH)?;
+            at_most(&format!("source {i}: bytes"), source.plain_size(), MAX_SIZE)?;
+            let stored = source.blob().map_or(0, |blob| blob.size);
+            at_most(&format!("source {i}: bytes of its blob"), stored, MAX_SIZE)?;
+            depths.push(depth);
+        }
+        Ok(())
+    }
+
     /// The sources that `artifact` is made of, by index.
     pub fn sources_of(&self, artifact: &Artifact) -> BTreeSet<usize> {
+        self.sources_below([artifact.source])
+    }
+
+    /// Bytes that are stored of source `i` and of what it is made of.
+    pub fn stored_below(&self, i: usize) -> u64 {
+        self.sources_below([i]).into_iter().filter_map(|i| self.sources[i].blob()).map(|blob| blob.size).sum()
+    }
+
+    /// These sources and what they are made of, by index.
+    fn sources_below(&self, tops: impl IntoIterator<Item = usize>) -> BTreeSet<usize> {
         let mut found = BTreeSet::new();
-        let mut todo = vec![artifact.source];
+        let mut todo = Vec::from_iter(tops);
         while let Some(i) = todo.pop() {
             if found.insert(i) {
                 todo.extend(self.sources[i].inputs());
@@ -337,7 +400,10 @@ impl Index {
 
     /// Every blob under `blobs/sha256/`, each once.
     pub fn blobs(&self) -> BTreeSet<Blob> {
-        self.artifacts.iter().flat_map(|a| self.blobs_of(a)).collect()
+        // The sources that artifacts share are looked at once.
+        let sources = self.sources_below(self.artifacts.iter().map(|a| a.source));
+        let maps = self.artifacts.iter().flat_map(|a| a.map.into_iter().chain(a.published_map));
+        maps.chain(sources.into_iter().filter_map(|i| self.sources[i].blob())).collect()
     }
 
     /// The live rootfs that is stored for an architecture, this release's or the earlier one that it is made of.
@@ -355,4 +421,10 @@ impl Index {
     pub fn architectures(&self) -> BTreeSet<&str> {
         self.artifacts.iter().map(|a| a.arch.as_str()).collect()
     }
+}
+
+/// Checks a number of the index against its limit.
+fn at_most<N: PartialOrd + std::fmt::Display>(what: &str, found: N, most: N) -> Result<()> {
+    ensure!(found <= most, "{what}: {found}, at most {most} are read");
+    Ok(())
 }

@@ -19,7 +19,7 @@ use crate::progress::Progress;
 use crate::recipe::{Artifact, Index, NamedFile, SourceSpec, Tier};
 use crate::sink::{self, NewFile, Output, Tar};
 use crate::source;
-use crate::source::cluster::Cache;
+use crate::source::cluster::{Cache, limited};
 use crate::store::{Sources, Store};
 
 /// Where artifacts go.
@@ -74,8 +74,16 @@ pub const MIN_MEMORY: u64 = 256 << 20;
 /// Memory that everything but the cache needs: buffers, decoders, tables. Bytes.
 const OVERHEAD: u64 = 96 << 20;
 
+/// What may be decoded to open a source, or to look into it: so many bytes, and so many for each byte that is stored of it.
+/// Deltas are decoded whole for that, and the metadata of the live rootfs.
+const OPENING: u64 = 512 << 20;
+const OPENING_PER_BYTE: u64 = 256;
+
 /// A base of at least this length is written out before artifacts are written into a directory.
 const LARGE_BASE: u64 = 32 << 20;
+
+/// And of at most so many times the artifact's length: a compressed image of a disk of 10 GiB has some hundred MiB.
+const LARGEST_BASE: u64 = 64;
 
 /// A dehydrated directory with its sources open.
 pub struct Rehydrator {
@@ -121,10 +129,17 @@ impl Rehydrator {
 
     /// What `artifact` is made of.
     pub fn parts(&self, artifact: &Artifact) -> Result<Parts> {
-        let index = &self.store.index;
-        let source = self.sources.get(&index.sources, artifact.source)?;
-        let map = artifact.map.map(|blob| self.sources.map(&blob)).transpose()?;
-        Ok(Parts { source, map })
+        self.bounded(artifact.source, || {
+            let source = self.sources.get(&self.store.index.sources, artifact.source)?;
+            let map = artifact.map.map(|blob| self.sources.map(&blob)).transpose()?;
+            Ok(Parts { source, map })
+        })
+    }
+
+    /// Runs `f`, which opens source `i` or looks into it here and there, and bounds what that decodes.
+    pub fn bounded<R>(&self, i: usize, f: impl FnOnce() -> R) -> R {
+        let stored = self.store.index.stored_below(i);
+        limited(stored.saturating_mul(OPENING_PER_BYTE).saturating_add(OPENING), f)
     }
 
     /// Writes `artifact` to `out` in this form, and checks it. What is damaged is named in the error.
@@ -172,7 +187,7 @@ impl Rehydrator {
 
     /// Writes source `i` to an unnamed file in `dir`, each cluster of it decoded once, and reads it from there.
     pub fn write_out(&self, i: usize, dir: &Path) -> Result<()> {
-        let source = self.sources.get(&self.store.index.sources, i)?;
+        let source = self.bounded(i, || self.sources.get(&self.store.index.sources, i))?;
         let file = crate::io::scratch_file(dir).with_context(|| dir.display().to_string())?;
         let clusters = self.cache().scatter(&*source, &file)?;
         tracing::debug!(source = i, clusters, decodes = clusters, "written out");
@@ -184,11 +199,13 @@ impl Rehydrator {
     /// their lengths: worth to be written out.
     pub fn bases(&self, artifact: &Artifact) -> Vec<(usize, u64)> {
         let specs = &self.store.index.sources;
+        // A disk is mostly holes, but what is not takes room: no more than it could be the base of.
+        let most = artifact.output.blob.size.saturating_mul(LARGEST_BASE);
         let base = |i: usize| {
             let size = specs[i].plain_size();
             // What is mostly made of those files has them in front. The ISO, which has them last, reads a few clusters.
             let over_rootfs = matches!(specs[*specs[i].inputs().first()?], SourceSpec::Rootfs { .. });
-            (over_rootfs && size >= LARGE_BASE).then_some((i, size))
+            (over_rootfs && (LARGE_BASE..=most).contains(&size)).then_some((i, size))
         };
         self.store.index.sources_of(artifact).into_iter().filter_map(base).collect()
     }

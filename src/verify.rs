@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use rayon::prelude::*;
 
 use crate::progress::Progress;
+use crate::recipe::{Artifact, Blob, Index};
 use crate::rehydrate::{Dest, Options, Which, rehydrate};
 use crate::store::Store;
 
@@ -24,9 +25,7 @@ pub fn verify(store: &Arc<Store>, artifacts_too: Option<&Options>, progress: &Pr
     bad.par_extend(blobs.par_iter().filter_map(|blob| {
         let error = store.verify(blob).err();
         task.advance(blob.size);
-        let needed_by =
-            index.artifacts.iter().filter(|a| index.blobs_of(a).contains(blob)).map(|a| a.label());
-        error.map(|e| format!("{e:#}, needed by {}", Vec::from_iter(needed_by).join(", ")))
+        error.map(|e| format!("{e:#}, needed by {}", needed_by(index, blob)))
     }));
     task.finish();
     if !bad.is_empty() {
@@ -39,4 +38,16 @@ pub fn verify(store: &Arc<Store>, artifacts_too: Option<&Options>, progress: &Pr
         }
     }
     Ok(())
+}
+
+/// The artifacts that a blob is part of, for people.
+fn needed_by(index: &Index, blob: &Blob) -> String {
+    /// So many are named: to look through all of those of an index for all of its blobs is not worth the time.
+    const NAMED: usize = 32;
+    let found = index.artifacts.iter().filter(|a| index.blobs_of(a).contains(blob)).map(Artifact::label);
+    let mut named = Vec::from_iter(found.take(NAMED + 1));
+    if named.len() > NAMED {
+        named[NAMED] = "more".into();
+    }
+    named.join(", ")
 }

@@ -52,7 +52,7 @@ fn round_trip(path: &Path) -> (Unfolded, f64, f64) {
     let start = Instant::now();
     if let Some(map) = &unfolded.map {
         let bytes = map.to_bytes();
-        let map = Map::from_bytes(&bytes).unwrap();
+        let map = Map::from_bytes(&bytes, u64::MAX).unwrap();
         assert_eq!(map.to_bytes(), bytes, "a map that is read and written again");
         assert_eq!(map.plain_len(), unfolded.plain.len());
         assert_eq!(map.folded_len(), form.len());
@@ -323,19 +323,19 @@ fn damaged_maps() {
         let content = &map[..map.len() - 8];
         assert_eq!(sealed(content), map);
         for cut in 0..map.len().min(300) {
-            assert!(Map::from_bytes(&map[..cut]).is_err());
-            assert!(Map::from_bytes(&sealed(&content[..cut.min(content.len() - 1)])).is_err());
+            assert!(Map::from_bytes(&map[..cut], u64::MAX).is_err());
+            assert!(Map::from_bytes(&sealed(&content[..cut.min(content.len() - 1)]), u64::MAX).is_err());
         }
-        assert!(Map::from_bytes(&[&map[..], b"x"].concat()).is_err());
-        assert!(Map::from_bytes(&sealed(&[content, b"x"].concat())).is_err());
+        assert!(Map::from_bytes(&[&map[..], b"x"].concat(), u64::MAX).is_err());
+        assert!(Map::from_bytes(&sealed(&[content, b"x"].concat()), u64::MAX).is_err());
         for i in (0..map.len()).step_by((map.len() / 300).max(1)) {
             let mut damaged = map.clone();
             damaged[i] ^= 1 << (i % 8);
-            assert!(Map::from_bytes(&damaged).is_err(), "{name}: byte {i}");
+            assert!(Map::from_bytes(&damaged, u64::MAX).is_err(), "{name}: byte {i}");
             // Corrections are what the checksum is for.
             if i < content.len()
                 && (name == "1" || name == "4")
-                && let Ok(map) = Map::from_bytes(&sealed(&damaged[..content.len()]))
+                && let Ok(map) = Map::from_bytes(&sealed(&damaged[..content.len()]), u64::MAX)
             {
                 let _ = fold(&map, &mut source::Reader::new(&*unfolded.plain), &mut io::sink(), 0);
             }
@@ -346,7 +346,7 @@ fn damaged_maps() {
 #[test]
 fn hostile_maps() {
     let refused = |bytes: &[u8], wanted: &str| {
-        let error = Map::from_bytes(bytes).unwrap_err().to_string();
+        let error = Map::from_bytes(bytes, u64::MAX).unwrap_err().to_string();
         assert!(error.starts_with(wanted), "{bytes:?}: {error}");
     };
     refused(b"", "segment map: cut short");
@@ -375,11 +375,15 @@ fn hostile_maps() {
         refused(&sealed(content), wanted);
     }
     // More bytes, or fewer, than the map says.
+    refused(
+        &sealed(b"\x01\x00\x04\x01\x00\x05"),
+        "segment map: the segments make more than the 4 bytes of the whole",
+    );
     for (content, wanted) in [
-        (b"\x01\x00\x04\x01\x00\x05", "fold: more bytes than the map says"),
+        (&b"\x01\x01\x00\x06\x0f\x08\x01\x01\x04\x05"[..], "fold: more bytes than the map says"),
         (b"\x01\x00\x06\x01\x00\x05", "fold: 1 bytes less than the map says"),
     ] {
-        let map = Map::from_bytes(&sealed(content)).unwrap();
+        let map = Map::from_bytes(&sealed(content), u64::MAX).unwrap();
         let error = fold(&map, &mut &b"12345"[..], &mut io::sink(), 0).unwrap_err().to_string();
         assert_eq!(error, wanted);
     }

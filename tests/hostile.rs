@@ -3,10 +3,11 @@
 //! The same seeds start libFuzzer (`ci/fuzz`), which goes on where this stops.
 
 #[path = "fuzz/targets.rs"]
-mod targets;
+pub(crate) mod targets;
 
 use std::fs;
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
@@ -14,9 +15,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
+use rehydrator::fold;
 use rehydrator::recipe::{Artifact, Blob, FORMAT_VERSION, Index, NamedFile, SourceSpec, StreamFile, Tier};
-use rehydrator::source::Source;
-use rehydrator::{fold, source::blob};
+use rehydrator::source::cluster::{Cache, Clustered};
+use rehydrator::source::delta::Base;
+use rehydrator::source::{Source, blob, rootfs};
 
 /// How long each parser is tried.
 const TIME: Duration = Duration::from_secs(2);
@@ -117,6 +120,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
                 fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("stream-metadata/samples").join(name)).unwrap()
             })
             .into(),
+        "dehydrated" => vec![targets::join(&small_directory())],
         "index" => vec![some_index().to_json()],
         "signature" => {
             let seed = made_by(
@@ -165,11 +169,103 @@ fn some_index() -> Index {
     }
 }
 
+/// The parts of a small dehydrated directory ([`targets::directory`]) with every kind of source and map: the files of an
+/// EROFS live rootfs, a disk as a delta over them, a qcow2 as a delta over that, and a gzip file that preflate makes.
+pub(crate) fn small_directory() -> Vec<Vec<u8>> {
+    const HOLE: u64 = 64 << 30;
+    let seeds = made_by(
+        "$CI/trixie exec mkfs.erofs --quiet -zlzma root.erofs tree; echo root.erofs | cpio --quiet -o -H newc > seed0
+         mv disk seed1; qemu-img convert -c -O qcow2 seed1 seed2; head -c 300000 /bin/bash > seed3
+         python3 -c 'import zlib; plain = open(\"seed3\", \"rb\").read(); z = zlib.compressobj(6, zlib.DEFLATED, 31)
+packed = b\"\".join(z.compress(plain[i:i + 90000]) + z.flush(zlib.Z_SYNC_FLUSH) for i in range(0, len(plain), 90000)) + z.flush()
+open(\"seed4\", \"wb\").write(packed)'",
+    );
+    let [image, disk, qcow2, plain, gzip] = <[Vec<u8>; 5]>::try_from(seeds).unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&gzip).unwrap();
+    let shared: Arc<dyn Source> = Arc::new(plain.clone());
+    let effort = fold::Effort::Whole;
+    let unwrapped = fold::wrap(&file, fold::Compression::Gzip, &shared, effort, 1 << 30).unwrap().unwrap();
+    assert!(unwrapped.encoders().iter().any(|e| e.starts_with("preflate")), "made without preflate");
+    let unfolded =
+        fold::unfold(&(Arc::new(qcow2.clone()) as Arc<dyn Source>), &std::env::temp_dir(), effort).unwrap();
+
+    let (files, map) = rootfs::open(Arc::new(image.clone())).unwrap();
+    let rootfs_size = map.len;
+    let view = Clustered::new(map, files, Cache::new(1 << 20));
+    let delta = |base: &dyn Source, target: &dyn Source| {
+        let base = Base::scan(base, NonZeroU64::new(HOLE).unwrap()).unwrap();
+        [&[targets::ZSTD][..], &base.index().diff(target, Vec::new()).unwrap()].concat()
+    };
+    let content = |map: &fold::Map| {
+        let bytes = map.to_bytes();
+        [&[targets::MAP][..], &bytes[..bytes.len() - 4 - targets::MAP_END.len()]].concat()
+    };
+    let artifact = |platform: &str, source: usize, output: &[u8]| {
+        let output = NamedFile {
+            name: format!("{platform}.raw"),
+            blob: Blob { sha256: Digest::of(output), size: output.len() as u64 },
+        };
+        Artifact {
+            arch: "x86_64".into(),
+            platform: platform.into(),
+            format: "raw".into(),
+            file: "disk".into(),
+            blake3: None,
+            tier: Tier::Published,
+            published: output.clone(),
+            output,
+            signature: None,
+            source,
+            published_map: None,
+            encoders: [].into(),
+            not_published: None,
+            map: None,
+            stored: 0,
+        }
+    };
+    let part = targets::part;
+    let mut folded = artifact("qemu", 4, &qcow2);
+    folded.map = Some(part(5));
+    let mut wrapped = artifact("aws", 5, &plain);
+    wrapped.published = NamedFile {
+        name: "aws.raw.gz".into(),
+        blob: Blob { sha256: Digest::of(&gzip), size: gzip.len() as u64 },
+    };
+    wrapped.published_map = Some(part(6));
+    let (disk_size, plain_size) = (disk.len() as u64, unfolded.plain.len());
+    let index = Index {
+        format_version: FORMAT_VERSION,
+        generator: "a test".into(),
+        stream: StreamFile { name: "stable".into(), blob: Blob { sha256: Digest::of(b""), size: 0 } },
+        artifacts: vec![artifact("rootfs", 0, &image), artifact("metal", 3, &disk), folded, wrapped],
+        unhandled: vec![],
+        previous: vec![],
+        sources: vec![
+            SourceSpec::Stored { blob: part(1) },
+            SourceSpec::Rootfs { image: 0, plain_size: rootfs_size },
+            SourceSpec::Zeros { size: HOLE },
+            SourceSpec::Delta { blob: part(2), plain_size: disk_size, base: vec![1, 2] },
+            SourceSpec::Delta { blob: part(3), plain_size, base: vec![3, 2] },
+            SourceSpec::Zstd { blob: part(4), plain_size: plain.len() as u64 },
+        ],
+    };
+    vec![
+        serde_json::to_vec(&index).unwrap(),
+        [&[targets::AS_IS][..], &image].concat(),
+        delta(&view, &disk),
+        delta(&disk, &*unfolded.plain),
+        [&[targets::ZSTD][..], &plain].concat(),
+        content(&unfolded.map.unwrap()),
+        content(&unwrapped),
+    ]
+}
+
 /// A random number generator, good enough to break things.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -177,7 +273,7 @@ impl Random {
     }
 
     /// Changes a few places of `bytes`, most of them near the start, where headers are.
-    fn mutate(&mut self, bytes: &mut Vec<u8>) {
+    pub(crate) fn mutate(&mut self, bytes: &mut Vec<u8>) {
         const TELLING: [u64; 8] = [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, u64::MAX, 1 << 40];
         for _ in 0..=self.below(4) {
             let range = [64, 2048, bytes.len()][self.below(3)].min(bytes.len());
@@ -337,4 +433,4 @@ macro_rules! attacks {
     };
 }
 
-attacks!(blob delta erofs index inspect map peel rootfs signature squashfs stream unfold);
+attacks!(blob dehydrated delta erofs index inspect map peel rootfs signature squashfs stream unfold);

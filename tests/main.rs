@@ -19,6 +19,7 @@ mod imports;
 mod inspect;
 mod killed;
 mod mirror;
+mod opened;
 mod published;
 mod pull;
 mod registry;

@@ -5,7 +5,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rehydrator::source::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin};
+use rehydrator::source::cluster::{
+    Cache, ClusterCodec, ClusterMap, Clustered, Extent, Origin, Trace, limited,
+};
 use rehydrator::source::delta::{Base, Delta};
 use rehydrator::source::{Concat, File, Reader, Slice, Source, Zeros, blob};
 
@@ -50,8 +52,7 @@ fn conform(source: &dyn Source, expected: &[u8]) {
         let error = source.read_at(offset, &mut vec![0; len]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{len} bytes at {offset}");
     }
-    let mut uses = vec![];
-    source.trace(0, source.len(), 0, &mut uses);
+    let uses = Trace::of(source, usize::MAX).unwrap();
     assert!(uses.windows(2).all(|w| w[0].at + u64::from(w[0].len) <= w[1].at), "uses overlap or go back");
 }
 
@@ -153,7 +154,7 @@ fn deltas() {
     ] {
         let delta = index.diff(&target, Vec::new()).unwrap();
         assert!(delta.len() < literals + 500, "{name}: a delta of {} bytes", delta.len());
-        let source = Delta::open(Arc::new(delta.clone()), with_zeros.clone()).unwrap();
+        let source = Delta::open(Arc::new(delta.clone()), with_zeros.clone(), u64::MAX).unwrap();
         if target.is_empty() {
             assert!(source.is_empty());
         } else {
@@ -162,17 +163,20 @@ fn deltas() {
         assert!(rdiff_patch(&*with_zeros, &delta) == target, "{name}: rdiff patch differs");
         for len in 0..delta.len().min(300) {
             assert!(
-                Delta::open(Arc::new(delta[..len].to_vec()), with_zeros.clone()).is_err(),
+                Delta::open(Arc::new(delta[..len].to_vec()), with_zeros.clone(), u64::MAX).is_err(),
                 "{name}: cut at {len}"
             );
         }
         let long = [&delta[..], &[0]].concat();
-        assert!(Delta::open(Arc::new(long), with_zeros.clone()).is_err(), "{name}: a byte after the end");
+        assert!(
+            Delta::open(Arc::new(long), with_zeros.clone(), u64::MAX).is_err(),
+            "{name}: a byte after the end"
+        );
     }
     // A delta from rdiff itself is read as well.
     let outside = [0x72, 0x73, 0x02, 0x36, 0x45, 0xff, 0xff, 0x00];
     let small: Arc<dyn Source> = Arc::new(noise(12, 300));
-    let error = Delta::open(Arc::new(outside.to_vec()), small).err().unwrap().to_string();
+    let error = Delta::open(Arc::new(outside.to_vec()), small, u64::MAX).err().unwrap().to_string();
     assert!(error.contains("a copy of 255 bytes at 255 of a base of 300"), "{error}");
 }
 
@@ -232,8 +236,7 @@ fn a_planned_cache_decodes_what_its_budget_allows() {
         let cache = Cache::new(budget as u64);
         let map = ClusterMap { len: plain.len() as u64, extents: extents.clone(), codec: codec.clone() };
         let source = Clustered::new(map, Arc::new(Zeros(0)), cache.clone());
-        let mut uses = vec![];
-        source.trace(0, source.len(), 0, &mut uses);
+        let uses = cache.plan(&source);
         let mut out = vec![0; plain.len()];
         cache.with_plan(uses, 2, || {
             for (i, piece) in out.chunks_mut(125_000).enumerate() {
@@ -248,4 +251,59 @@ fn a_planned_cache_decodes_what_its_budget_allows() {
         assert!(decodes <= most, "budget {budget}: {decodes} decodes");
         conform(&source, &expected);
     }
+}
+
+/// The same clusters again and again, in a cache that has no room for them: decoding ends at the limit.
+#[test]
+fn decoding_is_limited() {
+    let codec = Arc::new(Counting { plain: vec![1; 2 * CLUSTER], decodes: AtomicU64::new(0) });
+    let extents = (0..100u32).map(|i| Extent {
+        start: i.into(),
+        len: 1,
+        origin: Origin::Cluster { id: i % 2, offset: i },
+    });
+    let map = ClusterMap { len: 100, extents: extents.collect(), codec: codec.clone() };
+    let source = Clustered::new(map, Arc::new(Zeros(0)), Cache::new(0));
+    let error = limited(10 * CLUSTER as u64, || source.read_at(0, &mut [0; 100])).unwrap_err().to_string();
+    assert!(error.contains("more than 1638400 bytes would have to be decoded"), "{error}");
+    assert_eq!(codec.decodes.load(Ordering::Relaxed), 10);
+    // Without a limit it is only slow, and a plan allows for what is read.
+    source.read_at(0, &mut [0; 100]).unwrap();
+}
+
+/// Deltas that copy what is below them twice have more uses than any memory holds.
+#[test]
+fn a_trace_ends_at_its_bound() {
+    let plain = seekable(&[7; 16]);
+    let cache = Cache::new(0);
+    let mut source: Arc<dyn Source> = Arc::new(blob::open(Arc::new(plain), cache.clone()).unwrap());
+    for level in 0..40 {
+        let copy = [&[0x45 + 3, 0][..], &(16u64 << level).to_be_bytes()].concat();
+        let delta = [b"rs\x026", &copy[..], &copy, &[0]].concat();
+        source = Arc::new(Delta::open(Arc::new(delta), source, u64::MAX).unwrap());
+    }
+    assert!(Trace::of(&*source, 1000).is_none() && cache.plan(&*source).is_empty());
+    assert_eq!(Trace::of(&*Slice::new(source, 0, 160).map(Arc::new).unwrap(), 10).unwrap().len(), 10);
+    // Parts without a cluster count too: a step each.
+    let mut zeros: Arc<dyn Source> = Arc::new(Zeros(16));
+    for _ in 0..40 {
+        zeros = Arc::new(Concat::new(vec![zeros.clone(), zeros]).unwrap());
+    }
+    assert!(Trace::of(&*zeros, usize::MAX).is_none());
+}
+
+/// Tables of open sources take their share of the memory, and no more.
+#[test]
+fn tables_are_limited() {
+    let cache = Cache::new(100 << 20);
+    let room = cache.table_room();
+    assert_eq!(room, (64 + 50) << 20);
+    cache.reserve(room - 15, "the commands of a delta").unwrap();
+    let error = cache.reserve(16, "a segment map").unwrap_err().to_string();
+    assert!(error.contains("a segment map take 16 bytes") && error.contains("--memory"), "{error}");
+    assert_eq!(cache.table_room(), 15);
+    let delta = [0x72, 0x73, 0x02, 0x36, 0x45, 0, 1, 0];
+    let base: Arc<dyn Source> = Arc::new(Zeros(1));
+    let error = Delta::open(Arc::new(delta.to_vec()), base, cache.table_room()).err().unwrap().to_string();
+    assert!(error.contains("more than 0 commands"), "{error}");
 }

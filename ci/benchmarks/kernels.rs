@@ -157,7 +157,9 @@ fn delta(c: &mut Criterion) {
     make.bench_function("find them in the target", |b| b.iter(|| index.diff(&target, io::sink()).unwrap()));
     make.finish();
     let mut apply = group(c, "delta, apply", target.len() as u64);
-    apply.bench_function("read", |b| b.iter(|| read(&Delta::open(ops.clone(), with_zeros.clone()).unwrap())));
+    apply.bench_function("read", |b| {
+        b.iter(|| read(&Delta::open(ops.clone(), with_zeros.clone(), u64::MAX).unwrap()))
+    });
     apply.bench_function("peer: copy", |b| {
         b.iter_batched(
             || vec![0; target.len()],

@@ -5,6 +5,7 @@
 //! because nothing in them knows of releases, images or networks.
 
 pub mod bytes;
+pub mod decompress;
 pub mod fold;
 pub mod io;
 pub mod source;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::Format;
 use super::read::invalid;
 use super::{qcow2, vhd, vhdx, vmdk};
+use crate::decompress;
 use crate::source::{Source, check_range};
 
 /// The largest cluster or grain that is unpacked, in bytes: the largest of qcow2. VMDK has 64 KiB grains.
@@ -193,7 +194,7 @@ fn inflate(packed: &[u8], codec: Codec, want: usize) -> io::Result<Vec<u8>> {
     match codec {
         Codec::Deflate => flate2::bufread::DeflateDecoder::new(packed).read_exact(&mut plain)?,
         Codec::Zlib => flate2::bufread::ZlibDecoder::new(packed).read_exact(&mut plain)?,
-        Codec::Zstd => zstd::Decoder::with_buffer(packed)?.single_frame().read_exact(&mut plain)?,
+        Codec::Zstd => decompress::zstd_single(packed)?.read_exact(&mut plain)?,
     }
     Ok(plain)
 }

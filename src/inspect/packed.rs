@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::read::{Reader, array, padded};
 use crate::bytes::le32;
+use crate::decompress;
 use crate::source::Source;
 
 /// How many bytes are decoded. A VHDX made by QEMU has its tables in the first 8 MiB.
@@ -12,11 +13,6 @@ const HEAD: u64 = 16 << 20;
 
 /// How many compressed bytes are read for them; more than [`HEAD`], for what does not shrink.
 const READ_LIMIT: u64 = 20 << 20;
-
-/// The memory a decoder may take. `xz -9` has a dictionary of 64 MiB.
-const MEMORY: u64 = 128 << 20;
-/// The largest window of zstd, as a power of two: [`MEMORY`].
-const WINDOW_LOG: u32 = 27;
 
 /// The most zero bytes between two parts, in bytes.
 const MAX_PADDING: usize = 64 << 10;
@@ -92,15 +88,8 @@ fn decoder<'a>(reader: &'a mut BufReader<Reader>, packing: Packing) -> io::Resul
     Ok(match packing {
         Packing::Gzip => Box::new(flate2::bufread::GzDecoder::new(reader)),
         Packing::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(reader)),
-        Packing::Xz => {
-            let stream = liblzma::stream::Stream::new_stream_decoder(MEMORY, 0).map_err(io::Error::other)?;
-            Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
-        }
-        Packing::Zstd => {
-            let mut decoder = zstd::Decoder::with_buffer(reader)?.single_frame();
-            decoder.window_log_max(WINDOW_LOG)?;
-            Box::new(decoder)
-        }
+        Packing::Xz => Box::new(decompress::xz_single(reader)?),
+        Packing::Zstd => Box::new(decompress::zstd_single(reader)?),
     })
 }
 

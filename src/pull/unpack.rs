@@ -19,6 +19,7 @@ use rustix::fs::FileType;
 
 use super::tree::{Attributes, Finished, Rules, Tree, clean};
 use crate::bounded::shown;
+use crate::decompress;
 use crate::digest::{Digest, Hasher};
 use crate::io::SparseWriter;
 use crate::untar::{Archive, Input, Kind, Member};
@@ -260,8 +261,8 @@ fn plain<'a>(layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
         // Several members, as eStargz and pigz make them.
         (true, ..) => Box::new(MultiGzDecoder::new(all)),
         // All frames, skipping what zstd:chunked adds.
-        (_, true, _) => Box::new(zstd::stream::read::Decoder::with_buffer(all)?),
-        (.., true) => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(all)),
+        (_, true, _) => Box::new(decompress::zstd(all)?),
+        (.., true) => Box::new(decompress::xz(all)?),
         _ => all,
     })
 }

@@ -260,7 +260,7 @@ impl Release {
         }
         let artifact = &self.artifacts()[i];
         self.write_out_bases(artifact, cache)?;
-        let view = self.rehydrator.parts(artifact)?.view();
+        let view = self.rehydrator.parts(artifact)?.view()?;
         anyhow::ensure!(
             view.len() == artifact.output.blob.size,
             "expected {} bytes, got {}",

@@ -34,6 +34,9 @@ pub const SIGNATURES: &str = "signatures";
 /// Name of the directory of blobs.
 pub const BLOBS: &str = "blobs/sha256";
 
+/// The longest signature that is read, in bytes. An OpenPGP signature has some hundred.
+const MAX_SIGNATURE: u64 = 1 << 20;
+
 /// The most parts of a blob that are looked for: as many as an image may have layers.
 const MAX_PARTS: u32 = 128;
 
@@ -144,12 +147,12 @@ impl Store {
 
     /// The stream document, checked.
     pub fn stream(&self) -> Result<Vec<u8>> {
-        self.read(STREAM, &self.index.stream.blob)
+        self.read(STREAM, &self.index.stream.blob, MAX_INDEX)
     }
 
     /// Upstream's detached signature of an artifact's published file, checked.
     pub fn signature(&self, name: &str, blob: &Blob) -> Result<Vec<u8>> {
-        self.read(&format!("{SIGNATURES}/{name}.sig"), blob)
+        self.read(&format!("{SIGNATURES}/{name}.sig"), blob, MAX_SIGNATURE)
     }
 
     /// Every file of the directory but the blobs, by its path in it, checked. The signature of the stream document is
@@ -163,7 +166,7 @@ impl Store {
         if self.files.has(STREAM_SIGNATURE) {
             let at = || format!("{}/{STREAM_SIGNATURE}", self.name());
             let file = self.files.open(STREAM_SIGNATURE).with_context(at)?;
-            ensure!(file.len() <= MAX_INDEX, "{}: longer than {MAX_INDEX} bytes", at());
+            ensure!(file.len() <= MAX_SIGNATURE, "{}: longer than {MAX_SIGNATURE} bytes", at());
             files.insert(STREAM_SIGNATURE.to_string(), read_all(&*file).with_context(at)?);
         }
         for artifact in &self.index.artifacts {
@@ -175,9 +178,9 @@ impl Store {
         Ok(files)
     }
 
-    fn read(&self, name: &str, blob: &Blob) -> Result<Vec<u8>> {
+    fn read(&self, name: &str, blob: &Blob, most: u64) -> Result<Vec<u8>> {
         let at = || format!("{}/{name}", self.name());
-        ensure!(blob.size <= MAX_INDEX, "{name}: longer than {MAX_INDEX} bytes");
+        ensure!(blob.size <= most, "{name}: longer than {most} bytes");
         let file = self.files.open(name).with_context(at)?;
         // What is longer is seen to be so, and not read.
         let mut bytes = vec![0; file.len().min(blob.size + 1) as usize];

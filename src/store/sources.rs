@@ -54,7 +54,7 @@ impl<'a> Sources<'a> {
     /// The segment map that `blob` holds.
     pub fn map(&self, blob: &Blob) -> Result<Map> {
         let name = || format!("segment map {}", blob.sha256);
-        // Preflate works without bounds on corrections that it did not make: no map is used that is not the right one.
+        // A map that is damaged is named here; later, only the bytes that come out would differ.
         check(&name(), Reader::new(&*(self.open)(blob)?), blob)?;
         let bytes = self.zstd(blob)?;
         ensure!(
@@ -65,7 +65,9 @@ impl<'a> Sources<'a> {
         );
         let mut plain = vec![0; bytes.len() as usize];
         bytes.read_at(0, &mut plain).with_context(name)?;
-        Map::from_bytes(&plain).with_context(name)
+        let map = Map::from_bytes(&plain, self.cache.table_room()).with_context(name)?;
+        self.cache.reserve(map.memory(), &name())?;
+        Ok(map)
     }
 
     /// Several sources of `specs` one after the other.
@@ -86,12 +88,17 @@ impl<'a> Sources<'a> {
             SourceSpec::Stored { blob } => ((self.open)(blob)?, blob.size),
             SourceSpec::Zstd { blob, plain_size } => (Arc::new(self.zstd(blob)?), *plain_size),
             SourceSpec::Delta { blob, plain_size, base } => {
-                let delta = Delta::open(Arc::new(self.zstd(blob)?), Arc::new(self.concat(specs, base)?));
-                (Arc::new(delta.with_context(|| format!("blob {}", blob.sha256))?), *plain_size)
+                let name = || format!("blob {}", blob.sha256);
+                let (delta, base) = (self.zstd(blob)?, self.concat(specs, base)?);
+                let delta = Delta::open(Arc::new(delta), Arc::new(base), self.cache.table_room());
+                let delta = delta.with_context(name)?;
+                self.cache.reserve(delta.memory(), "the commands of a delta").with_context(name)?;
+                (Arc::new(delta), *plain_size)
             }
             SourceSpec::Rootfs { image, plain_size } => {
                 let image = self.get(specs, *image)?;
                 let (file_system, map) = rootfs::open(image).context("live rootfs")?;
+                self.cache.reserve(map.memory(), "the files of a live rootfs")?;
                 (Arc::new(Clustered::new(map, file_system, self.cache.clone())), *plain_size)
             }
         };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use crate::bounded::shown;
+use crate::decompress;
 use crate::io::scratch_file;
 use crate::untar::{Archive, Kind};
 
@@ -68,8 +69,8 @@ impl Files {
             let packed = BufReader::new(file);
             let content: Box<dyn Read> = match (gzip, xz) {
                 (true, _) => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
-                (_, true) => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(packed)),
-                _ => Box::new(zstd::stream::read::Decoder::with_buffer(packed)?),
+                (_, true) => Box::new(decompress::xz(packed)?),
+                _ => Box::new(decompress::zstd(packed)?),
             };
             let limit = max.saturating_add(REST);
             let found = io::copy(&mut content.take(limit.saturating_add(1)), &mut plain);

@@ -14,6 +14,8 @@ use super::xz;
 const BATCH: usize = 8 << 20;
 /// The first batch is small, so that the first bytes come soon.
 const FIRST_BATCH: usize = 1 << 20;
+/// The most segments of a batch, of which there may be empty ones.
+const BATCH_SEGMENTS: usize = 64 << 10;
 /// A longer stored run is passed through.
 const LONG_STORED: u64 = 64 << 10;
 
@@ -106,11 +108,13 @@ struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Takes segments off the front of `segments` until there are `room` bytes, or one comes that is for no batch.
+    /// Takes segments off the front of `segments` until there are `room` bytes, plain or encoded, or one comes that is for
+    /// no batch.
     fn read(&mut self, segments: &mut &'a [Segment], plain: &mut dyn Read, room: usize) -> io::Result<()> {
-        let mut end = 0;
+        let (mut end, mut encoded) = (0, 0);
         while let Some((segment, rest)) = segments.split_first()
-            && end < room
+            && end.max(encoded) < room
+            && self.items.len() < BATCH_SEGMENTS
         {
             let (len, encoder) = match segment {
                 Segment::Stored(len) if *len <= LONG_STORED => (*len as usize, None),
@@ -119,6 +123,7 @@ impl<'a> Batch<'a> {
             };
             self.items.push((end..end + len, encoder));
             end += len;
+            encoded += segment.made_len() as usize;
             *segments = rest;
         }
         self.plain.resize(end, 0);

@@ -38,8 +38,7 @@
 //! first byte) or those which preflate makes of its plain bytes and its corrections (tag 1; see `preflate.rs`). The
 //! pieces follow each other bit by bit; the last byte is filled up with zeros.
 //!
-//! The checksum is there because `preflate-rs` does not bound what damaged corrections make it do. Against damage made on
-//! purpose only a digest of the map helps: whoever reads a map from elsewhere checks that first.
+//! The checksum finds damage early. Damage made on purpose makes other bytes, which only the digest of those tells.
 //!
 //! Version 1 differs in one thing: it has no kinds 4 to 7, and the kinds from 4 on are *zlib* with params n. It is still read.
 //!
@@ -62,6 +61,10 @@ pub(super) const MAX_SEGMENTS: usize = 1 << 21;
 pub(super) const MAX_SMALL: u64 = 4 << 20;
 /// The longest plain bytes, and the longest deflated bytes, of a piece of a long stream.
 pub(super) const MAX_PIECE: u64 = 32 << 20;
+
+/// A piece has at least so many bytes of the stream, or four times as many plain ones, but for one of them: each is made on
+/// its own, which takes a tenth of a millisecond however short it is. Those that are written have sixteen times as many.
+const MIN_PIECE: u64 = 64 << 10;
 
 const VERSION: u8 = 2;
 const END: &[u8] = b"end.";
@@ -91,6 +94,47 @@ pub(super) enum Segment {
     Small { plain_len: u32, encoder: Encoder },
     /// A long compressed stream made of a nested map's folded bytes.
     Stream { folded_len: u64, encoder: StreamEncoder, inner: Box<Map> },
+}
+
+/// The memory that a segment or a piece takes, in bytes, besides its side data.
+const SEGMENT: u64 = size_of::<Segment>() as u64;
+
+impl Segment {
+    /// How many bytes it makes, as far as that is known without making them.
+    pub(super) fn made_len(&self) -> u64 {
+        match self {
+            Self::Stored(len) => *len,
+            Self::Literal(bytes) => bytes.len() as u64,
+            Self::Stream { folded_len, .. } => *folded_len,
+            Self::Small { encoder: Encoder::Preflate { bits, .. }, .. } => u64::from(*bits) / 8,
+            Self::Small { encoder: Encoder::Zlib(_), .. } => 0,
+        }
+    }
+
+    fn memory(&self) -> u64 {
+        SEGMENT
+            + match self {
+                Self::Stored(_) | Self::Small { encoder: Encoder::Zlib(_), .. } => 0,
+                Self::Literal(bytes) => bytes.len() as u64,
+                Self::Small { encoder: Encoder::Preflate { corrections, .. }, .. } => {
+                    corrections.len() as u64
+                }
+                Self::Stream { encoder, inner, .. } => {
+                    let pieces = match encoder {
+                        StreamEncoder::Pieces(pieces) => pieces.iter().map(Piece::memory).sum(),
+                        _ => 0,
+                    };
+                    pieces + inner.memory()
+                }
+            }
+    }
+}
+
+impl Piece {
+    fn memory(&self) -> u64 {
+        let (How::Verbatim(side) | How::Preflate(side)) = &self.how;
+        SEGMENT + side.len() as u64
+    }
 }
 
 /// Makes a deflate stream of bytes in memory.
@@ -148,6 +192,11 @@ impl Map {
     /// The length of the folded form, in bytes.
     pub fn folded_len(&self) -> u64 {
         self.folded_len
+    }
+
+    /// The memory that it takes, in bytes, within a little.
+    pub fn memory(&self) -> u64 {
+        self.segments.iter().map(Segment::memory).sum()
     }
 
     /// What makes the folded form, with versions: on these the bytes depend. Sorted.
@@ -271,8 +320,8 @@ impl Map {
     }
 
     /// Reads a map and checks it: every length is bounded, every encoder is one that zlib takes, and the lengths add
-    /// up without overflow. Whether it makes the right bytes only a digest can tell.
-    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+    /// up without overflow, and the map takes at most `memory` bytes. Whether it makes the right bytes only a digest can tell.
+    pub fn from_bytes(bytes: &[u8], memory: u64) -> io::Result<Self> {
         if bytes.len() > MAX_MAP {
             return Err(bad(format!("{} bytes, at most {MAX_MAP} are read", bytes.len())));
         }
@@ -290,7 +339,9 @@ impl Map {
             return Err(bad("checksum mismatch"));
         }
         // The version is checked already.
-        let mut input = Input { bytes: &content[1..], segments_left: MAX_SEGMENTS, zlib, params: Vec::new() };
+        let room = memory.saturating_sub(bytes.len() as u64) / SEGMENT;
+        let segments_left = usize::try_from(room).unwrap_or(usize::MAX).min(MAX_SEGMENTS);
+        let mut input = Input { bytes: &content[1..], segments_left, zlib, params: Vec::new() };
         for _ in 0..input.bounded("number of encoders", MAX_PARAMS as u64)? {
             let params = Params {
                 wrap: match input.byte()? {
@@ -441,6 +492,9 @@ impl<'a> Input<'a> {
                         if plain != inner.folded_len || bits.div_ceil(8) != len {
                             return Err(bad("the pieces of a stream do not add up to it"));
                         }
+                        if pieces.len() as u64 > 1 + (len + plain / 4) / MIN_PIECE {
+                            return Err(bad(format!("{} pieces of a stream of {len} bytes", pieces.len())));
+                        }
                     }
                     Segment::Stream { folded_len: len, encoder, inner }
                 }
@@ -491,7 +545,7 @@ impl<'a> Input<'a> {
 }
 
 impl Map {
-    /// A level of these segments; an error when their plain lengths overflow.
+    /// A level of these segments; an error when their plain lengths overflow, or they make more than `folded_len` bytes.
     pub(super) fn new(segments: Vec<Segment>, folded_len: u64) -> io::Result<Self> {
         let plain_len = segments.iter().try_fold(0u64, |sum, segment| {
             sum.checked_add(match segment {
@@ -501,6 +555,10 @@ impl Map {
                 Segment::Stream { inner, .. } => inner.plain_len,
             })
         });
+        let made = segments.iter().try_fold(0u64, |sum, segment| sum.checked_add(segment.made_len()));
+        if made.is_none_or(|made| made > folded_len) {
+            return Err(bad(format!("the segments make more than the {folded_len} bytes of the whole")));
+        }
         Ok(Self { segments, folded_len, plain_len: plain_len.ok_or_else(|| bad("the lengths overflow"))? })
     }
 }

@@ -6,11 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use liblzma::read::XzDecoder;
-use liblzma::stream::{CONCATENATED, Stream};
-
 use super::zip;
 use super::zlib::{Inflate, Stop, crc32};
+use crate::decompress;
 use crate::io::{SparseWriter, is_zero, scratch_file};
 use crate::source::{File, Source};
 
@@ -39,10 +37,6 @@ pub struct Peeled {
     pub compression: Compression,
 }
 
-/// xz may take this much memory: a dictionary of 1.5 GiB, the largest there is, does not fit; `xz -9` needs 65 MiB.
-const XZ_MEMORY: u64 = 1 << 30;
-/// zstd's window, as a power of two: what `--long=31` makes.
-const ZSTD_WINDOW: u32 = 31;
 /// Input and output are handled in parts of this length.
 const PART: usize = 1 << 18;
 
@@ -99,13 +93,10 @@ fn peel_file(file: std::fs::File, name: &str, scratch: &Path, max_len: u64) -> i
     match compression {
         Compression::None => {}
         Compression::Xz => {
-            let stream = Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED).map_err(io::Error::from)?;
-            copy(XzDecoder::new_stream(BufReader::with_capacity(PART, file), stream), &mut out)?;
+            copy(decompress::xz(BufReader::with_capacity(PART, file))?, &mut out)?;
         }
         Compression::Zstd => {
-            let mut decoder = zstd::Decoder::new(file)?;
-            decoder.window_log_max(ZSTD_WINDOW)?;
-            copy(decoder, &mut out)?;
+            copy(decompress::zstd(BufReader::with_capacity(PART, file))?, &mut out)?;
         }
         Compression::Gzip => gunzip(&file, len, &mut out)?,
         Compression::Zip => member = Some(unzip(&file, &mut out)?),

@@ -18,9 +18,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use preflate_rs::{
-    PreflateConfig, PreflateStreamProcessor, RecreateStreamProcessor, TokenPredictorParameters,
-};
+use preflate_rs::{PreflateConfig, PreflateStreamProcessor, RecreateLimits, RecreateStreamProcessor};
 
 /// Name and version of the crate, which is pinned in `Cargo.toml`.
 pub(super) const VERSION: &str = "preflate-rs 0.7.6";
@@ -103,29 +101,15 @@ pub(super) fn keep_bits(bytes: &mut Vec<u8>, phase: u8, bits: u32) {
     }
 }
 
-/// How `preflate-rs` writes corrections (a private type of it, but its bytes are in our maps). Read here only to check
-/// the parameters, with some of which it would never end.
-#[derive(bitcode::Decode)]
-struct Corrections {
-    parameters: TokenPredictorParameters,
-    _corrections: Vec<u8>,
-}
+/// The most steps along hash chains that a piece may take on average for each of its plain bytes. Real streams take up to
+/// some dozen at the highest level; this many take about a microsecond.
+const HOPS_PER_BYTE: u64 = 256;
 
-/// Corrections of a piece longer than this many bytes are refused: every few bits of them can be a block to make.
-const MAX_CORRECTIONS: usize = 4 << 20;
+/// What may follow a piece in the stream that is made for it, in bytes: the rest of its last byte, and the last block.
+const MAX_END: usize = 4;
 
-/// Refuses corrections that can only be hostile.
-fn check(corrections: &[u8]) -> Result<(), &'static str> {
-    if corrections.len() > MAX_CORRECTIONS {
-        return Err("too long");
-    }
-    let p = bitcode::decode::<Corrections>(corrections).map_err(|_| "damaged")?.parameters;
-    // A block of no tokens makes no progress; no window is longer than 32 KiB, no chain than it.
-    if p.max_token_count == 0 || p.window_bits > 15 || p.max_chain > 1 << 15 {
-        return Err("impossible parameters");
-    }
-    Ok(())
-}
+/// Steps that any piece may take, however short it is.
+const MIN_HOPS: u64 = 1 << 16;
 
 /// Finds the corrections with which [`recreate`] makes the `bits` bits of `deflated`, of which the first is at
 /// `piece.phase`; `None` when that does not work out.
@@ -162,11 +146,14 @@ pub(super) fn analyse(piece: Piece<'_>, deflated: &[u8], bits: u32) -> Option<Ve
 /// and those after the last, are zero.
 pub(super) fn recreate(piece: Piece<'_>, corrections: &[u8], bits: u32) -> io::Result<Vec<u8>> {
     let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("fold: corrections: {what}"));
-    check(corrections).map_err(bad)?;
     let lead_in = piece.lead_in();
+    let limits = RecreateLimits {
+        output: lead_in.len() + (bits as usize).div_ceil(8) + MAX_END,
+        hops: MIN_HOPS + HOPS_PER_BYTE * piece.plain.len() as u64,
+    };
     let mut plain = io::Read::chain(piece.window, piece.plain);
     let made = catch_unwind(AssertUnwindSafe(|| {
-        RecreateStreamProcessor::new().recompress(&mut plain, corrections).map(|(made, _blocks)| made)
+        RecreateStreamProcessor::new().recompress(&mut plain, corrections, limits)
     }))
     .map_err(|_| bad("damaged"))?
     .map_err(|e| bad(&e.to_string()))?;

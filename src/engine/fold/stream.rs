@@ -492,16 +492,17 @@ impl PieceWriter<'_> {
     /// Makes the pieces whose plain bytes are all there, at most a batch. Whether there were any.
     fn encode(&mut self) -> io::Result<bool> {
         let mut jobs = Vec::new();
-        let (mut pos, mut phase) = (self.window, self.phase);
+        let (mut pos, mut phase, mut made) = (self.window, self.phase, 0);
         for (i, piece) in self.pieces.iter().enumerate() {
             let end = pos + piece.plain_len as usize;
-            if end > self.held.len() || (pos - self.window > BATCH) {
+            if end > self.held.len() || pos - self.window > BATCH || made > BATCH {
                 break;
             }
             let window = &self.held[pos.saturating_sub(WINDOW)..pos];
             let last = i + 1 == self.pieces.len();
             jobs.push((piece, preflate::Piece { window, plain: &self.held[pos..end], phase, last }));
             pos = end;
+            made += piece.bits as usize / 8;
             phase = ((u32::from(phase) + piece.bits % 8) % 8) as u8;
         }
         let made: Vec<(bool, io::Result<Vec<u8>>)> = jobs

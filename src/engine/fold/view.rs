@@ -35,8 +35,11 @@ pub struct Folded {
 }
 
 impl Folded {
-    /// What `map` makes of `plain`.
-    pub fn new(map: Map, plain: Arc<dyn Source>) -> Self {
+    /// What `map` makes of `plain`; an error when that is not as long as the map says.
+    pub fn new(map: Map, plain: Arc<dyn Source>) -> io::Result<Self> {
+        if plain.len() != map.plain_len() {
+            return Err(bad(&format!("expected {} plain bytes, found {}", map.plain_len(), plain.len())));
+        }
         let (mut at, mut back) = ((map.folded_len(), map.plain_len()), Vec::new());
         for segment in map.segments.iter().rev() {
             let Some((folded, plain)) = lengths(segment) else { break };
@@ -45,14 +48,14 @@ impl Folded {
         }
         back.reverse();
         let back_from = map.segments.len() - back.len();
-        Self {
+        Ok(Self {
             map,
             plain,
             front: Mutex::new(vec![(0, 0)]),
             back,
             back_from,
             last: Mutex::new((usize::MAX, vec![])),
-        }
+        })
     }
 
     /// The segment that holds `offset`, which is inside, and where it starts.

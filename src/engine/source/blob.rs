@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use zeekstd::SeekTable;
 use zeekstd::seek_table::Format;
 
-use super::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, MAX_CLUSTER, Origin};
+use super::cluster::{Cache, ClusterCodec, ClusterMap, Clustered, Extent, MAX_CLUSTER, MAX_STORED, Origin};
 use super::{Reader, Source};
 
 /// The decoded length of frames that are read here and there, in bytes.
@@ -25,6 +25,9 @@ const FOOTER: usize = 9;
 
 /// The least that a seek table spends on a frame, in bytes.
 const TABLE_ENTRY: u64 = 8;
+
+/// The memory that a frame takes when its blob is open, in bytes: its extent, and its entry in the parsed table.
+const FRAME_MEMORY: u64 = size_of::<Extent>() as u64 + 24;
 
 struct Frames {
     blob: Arc<dyn Source>,
@@ -73,14 +76,19 @@ pub fn open(blob: Arc<dyn Source>, cache: Arc<Cache>) -> io::Result<Clustered> {
     if claimed * TABLE_ENTRY > blob.len() {
         return Err(invalid(format!("a seek table of {claimed} frames in {} bytes", blob.len())));
     }
+    cache.reserve(claimed * FRAME_MEMORY, &format!("the {claimed} frames of a zstd blob"))?;
     reader.rewind()?;
     let table = SeekTable::from_seekable(&mut reader).map_err(|e| invalid(format!("no seek table: {e}")))?;
     if table.size_comp() > blob.len() {
         return Err(invalid(format!("frames of {} bytes in {}", table.size_comp(), blob.len())));
     }
-    let largest = table.max_frame_size_decomp().max(table.max_frame_size_comp());
-    if largest > u64::from(MAX_CLUSTER) {
-        return Err(invalid(format!("a frame of {largest} bytes: at most {MAX_CLUSTER} are read")));
+    for (form, len, most) in [
+        ("decoded", table.max_frame_size_decomp(), MAX_CLUSTER),
+        ("stored", table.max_frame_size_comp(), MAX_STORED),
+    ] {
+        if len > u64::from(most) {
+            return Err(invalid(format!("a frame of {len} bytes, {form}: at most {most} are read")));
+        }
     }
     let mut extents = Vec::with_capacity(table.num_frames() as usize);
     for id in 0..table.num_frames() {

@@ -4,10 +4,12 @@
 //! are all the same thing to a reader: an expensive unit that many small ranges come from. A format describes itself
 //! as a [`ClusterMap`]; [`Clustered`] makes a source of it whose clusters live in a shared, bounded [`Cache`].
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use rayon::prelude::*;
@@ -37,9 +39,53 @@ pub struct Key {
     pub cluster: u32,
 }
 
-/// The longest cluster that is decoded, in bytes; anything that claims more is refused as hostile. `mkfs.erofs` makes
-/// clusters of up to 4000 KiB, squashfs of up to 1 MiB, our own blobs of up to 16 MiB.
-pub const MAX_CLUSTER: u32 = 64 << 20;
+/// The longest cluster that is decoded, in bytes; anything that claims more is refused as hostile. An EROFS cluster decodes
+/// to at most 12 MiB, a squashfs block to 1 MiB, and a frame of our own blobs to 16 MiB.
+pub const MAX_CLUSTER: u32 = 16 << 20;
+/// The longest stored form of a cluster, in bytes: what does not shrink grows a little.
+pub const MAX_STORED: u32 = MAX_CLUSTER + (1 << 20);
+
+/// The uses that a reader announces: collected by [`Source::trace`] in the order of reading, within a bound.
+///
+/// A source that others copy from more than once is visited once for each copy, so a few small deltas over each other can
+/// have more uses than any memory holds, and take forever to visit. Collecting ends at the bound; a reader then does
+/// without a plan.
+pub struct Trace {
+    uses: Vec<Use>,
+    most: usize,
+    steps: u64,
+}
+
+/// The most parts of sources that a trace visits: a second or two. That of a disk visits some hundred thousand.
+const MAX_STEPS: u64 = 64 << 20;
+
+impl Trace {
+    /// An empty trace with room for `most` uses.
+    pub fn new(most: usize) -> Self {
+        Self { uses: Vec::new(), most, steps: MAX_STEPS }
+    }
+
+    /// Counts a visit to a part of a source. `None` when there were too many: stop.
+    #[must_use]
+    pub fn step(&mut self) -> Option<()> {
+        self.steps = self.steps.checked_sub(1)?;
+        Some(())
+    }
+
+    /// Appends a use. `None` when there are too many: stop.
+    #[must_use]
+    pub fn push(&mut self, of: Use) -> Option<()> {
+        self.step()?;
+        (self.uses.len() < self.most).then(|| self.uses.push(of))
+    }
+
+    /// The uses of all of `source`; `None` when that has too many.
+    pub fn of(source: &dyn Source, most: usize) -> Option<Vec<Use>> {
+        let mut trace = Self::new(most);
+        source.trace(0, source.len(), 0, &mut trace)?;
+        Some(trace.uses)
+    }
+}
 
 /// Decodes the clusters of one image.
 pub trait ClusterCodec: Send + Sync {
@@ -99,6 +145,15 @@ pub struct ClusterMap {
     pub codec: Arc<dyn ClusterCodec>,
 }
 
+impl ClusterMap {
+    /// The memory that its tables take, in bytes.
+    pub fn memory(&self) -> u64 {
+        /// What a codec keeps for a cluster: where it is, and how long.
+        const CLUSTER: u64 = 32;
+        (self.extents.len() * size_of::<Extent>()) as u64 + u64::from(self.codec.count()) * CLUSTER
+    }
+}
+
 /// A source whose bytes come out of clusters.
 pub struct Clustered {
     len: u64,
@@ -117,12 +172,12 @@ impl Clustered {
     }
 
     /// Calls `visit` with each part of an extent in `offset..offset + len`: its start, its length, where it is from.
-    fn each(
+    fn each<E>(
         &self,
         offset: u64,
         len: u64,
-        visit: &mut dyn FnMut(u64, u64, Origin) -> io::Result<()>,
-    ) -> io::Result<()> {
+        visit: &mut dyn FnMut(u64, u64, Origin) -> Result<(), E>,
+    ) -> Result<(), E> {
         let end = offset + len;
         let first = self.extents.partition_point(|e| e.start + e.len <= offset);
         for extent in self.extents[first..].iter().take_while(|e| e.start < end) {
@@ -173,20 +228,21 @@ impl Source for Clustered {
         }
     }
 
-    fn trace(&self, offset: u64, len: u64, at: u64, uses: &mut Vec<Use>) {
+    fn trace(&self, offset: u64, len: u64, at: u64, trace: &mut Trace) -> Option<()> {
         let len = len.min(self.len.saturating_sub(offset));
-        // The closure cannot fail.
-        let _ = self.each(offset, len, &mut |from, n, origin| {
-            if let Origin::Cluster { id, offset: inner } = origin {
-                uses.push(Use {
+        let visited = self.each(offset, len, &mut |from, n, origin| {
+            let done = match origin {
+                Origin::Cluster { id, offset: inner } => trace.push(Use {
                     at: at + (from - offset),
                     key: Key { source: self.source, cluster: id },
                     offset: inner,
                     len: n as u32,
-                });
-            }
-            Ok(())
+                }),
+                Origin::Image { .. } | Origin::Zeros => trace.step(),
+            };
+            done.ok_or(())
         });
+        visited.ok()
     }
 }
 
@@ -203,6 +259,8 @@ fn short(cluster: u32, has: usize, offset: u32, wanted: usize) -> io::Error {
 /// used again, what has to go is what is needed last (which no order of eviction beats), and `Cache::decode_ahead` decodes
 /// ahead of the reader on other cores. Clusters that are not needed soon are packed once room is short, and read packed.
 /// Without a plan it is a least-recently-used cache.
+///
+/// The budget is for the tables of the open sources too: see [`Cache::reserve`].
 pub struct Cache {
     codecs: RwLock<Vec<Arc<dyn ClusterCodec>>>,
     state: Mutex<State>,
@@ -210,7 +268,76 @@ pub struct Cache {
     changed: Condvar,
     /// Bytes that may be held.
     budget: u64,
+    /// Bytes of the tables of open sources.
+    tables: AtomicU64,
     buffers: Buffers,
+}
+
+/// Bytes that tables may take beside the budget: more than a release needs. Beyond that they take up to half of the budget.
+const FREE_TABLES: u64 = 64 << 20;
+
+/// Memory for each use of a plan, in bytes: itself, the index of the next, and its cluster in the map of the last ones.
+const PLANNED_USE: u64 = 64;
+
+/// What a reader of a whole source may have decoded: so many bytes to begin with, and so many for each byte that it has read.
+/// A cache that is much too small decodes some hundred bytes for each; a recipe made to that end, ten million.
+const FIRST_WORK: u64 = 256 << 20;
+const WORK_PER_BYTE: u64 = 1024;
+
+/// What a reader may have decoded when it has read `len` bytes.
+fn work_for(len: u64) -> u64 {
+    len.saturating_mul(WORK_PER_BYTE).saturating_add(FIRST_WORK)
+}
+
+/// Counts the bytes that are decoded on behalf of one reader, on whatever threads.
+struct Meter {
+    done: AtomicU64,
+    allowed: AtomicU64,
+}
+
+thread_local! {
+    /// What counts the decoding that this thread does.
+    static METER: RefCell<Option<Arc<Meter>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, in which at most `bytes` are decoded: beyond that, every read of a cluster fails. A few bytes of a recipe can
+/// otherwise have the same expensive clusters decoded again and again. An inner limit counts for itself.
+pub fn limited<R>(bytes: u64, f: impl FnOnce() -> R) -> R {
+    metered(Some(Arc::new(Meter { done: AtomicU64::new(0), allowed: AtomicU64::new(bytes) })), f)
+}
+
+/// Runs `f` with decoding counted by `meter`.
+fn metered<R>(meter: Option<Arc<Meter>>, f: impl FnOnce() -> R) -> R {
+    /// Puts back the meter before, also when `f` panics.
+    struct Before(Option<Arc<Meter>>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            METER.set(self.0.take());
+        }
+    }
+    let _before = Before(METER.replace(meter));
+    f()
+}
+
+/// The meter of this thread, for another that works for it.
+fn meter() -> Option<Arc<Meter>> {
+    METER.with_borrow(Option::clone)
+}
+
+/// Counts the decoding of `len` bytes.
+fn count_work(len: u32) -> io::Result<()> {
+    METER.with_borrow(|meter| {
+        let Some(meter) = meter else { return Ok(()) };
+        let done = meter.done.fetch_add(len.into(), Ordering::Relaxed).saturating_add(len.into());
+        let allowed = meter.allowed.load(Ordering::Relaxed);
+        if done > allowed {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("more than {allowed} bytes would have to be decoded for the little that is read"),
+            ));
+        }
+        Ok(())
+    })
 }
 
 /// One part in so many of the budget may always be held uncompressed, and so far ahead of the reader is decoded when
@@ -243,6 +370,8 @@ struct State {
     /// Bytes held uncompressed, and all bytes held.
     hot: u64,
     held: u64,
+    /// Bytes that are being decoded ahead of the reader.
+    loading: u64,
     /// Counts reads: the clock of a cache without a plan.
     ticks: usize,
     stats: Stats,
@@ -340,8 +469,43 @@ impl Cache {
             state: Mutex::default(),
             changed: Condvar::new(),
             budget,
+            tables: AtomicU64::new(0),
             buffers: Buffers::default(),
         })
+    }
+
+    /// Bytes that the tables of sources may still take.
+    pub fn table_room(&self) -> u64 {
+        (FREE_TABLES + self.budget / 2).saturating_sub(self.tables.load(Ordering::Relaxed))
+    }
+
+    /// Takes `bytes` for the tables of a source that stays open, out of what clusters may take: for `what`, as the error
+    /// calls it.
+    pub fn reserve(&self, bytes: u64, what: &str) -> io::Result<()> {
+        let most = FREE_TABLES + self.budget / 2;
+        let before = self.tables.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) > most {
+            self.tables.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                format!(
+                    "{what} take {bytes} bytes of memory beside {before} that are taken: at most {most} are allowed, and more \
+                     with a larger --memory"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Bytes of clusters that may be held.
+    fn room(&self) -> u64 {
+        self.budget.saturating_sub(self.tables.load(Ordering::Relaxed).saturating_sub(FREE_TABLES))
+    }
+
+    /// The plan for reading all of `source`; none, an empty one, when that has too many uses.
+    pub fn plan(&self, source: &dyn Source) -> Vec<Use> {
+        let most = usize::try_from(self.table_room() / PLANNED_USE).unwrap_or(usize::MAX);
+        Trace::of(source, most).unwrap_or_default()
     }
 
     fn register(&self, codec: Arc<dyn ClusterCodec>) -> u32 {
@@ -361,6 +525,7 @@ impl Cache {
     /// Decodes a cluster past the cache: for who needs each just once.
     pub fn decode(&self, key: Key) -> io::Result<Vec<u8>> {
         let codec = self.codec(key.source);
+        count_work(codec.decoded_len(key.cluster))?;
         let bytes = codec.decode(key.cluster, self.buffers.take())?;
         if bytes.len() != codec.decoded_len(key.cluster) as usize {
             return Err(io::Error::new(
@@ -379,9 +544,14 @@ impl Cache {
     /// Writes all of `source` to `file`, which is empty, on all cores. Goes through the clusters in their own order and
     /// decodes each once, whatever the order in which `source` has them; memory is that of a cluster for each core. Gives
     /// the number of clusters.
+    ///
+    /// A source with too many uses to plan is written in its own order.
     pub fn scatter(&self, source: &dyn Source, file: &File) -> io::Result<usize> {
-        let mut uses = Vec::new();
-        source.trace(0, source.len(), 0, &mut uses);
+        limited(work_for(source.len()), || self.scatter_limited(source, file))
+    }
+
+    fn scatter_limited(&self, source: &dyn Source, file: &File) -> io::Result<usize> {
+        let mut uses = self.plan(source);
         file.set_len(source.len())?;
         // What is in no cluster, in order.
         let mut buf = vec![0; 1 << 20];
@@ -401,8 +571,9 @@ impl Cache {
         }
         uses.sort_unstable_by_key(|u| (u.key, u.at));
         let clusters: Vec<&[Use]> = uses.chunk_by(|a, b| a.key == b.key).collect();
+        let meter = meter();
         clusters.par_iter().try_for_each(|uses| {
-            let bytes = self.decode(uses[0].key)?;
+            let bytes = metered(meter.clone(), || self.decode(uses[0].key))?;
             for u in *uses {
                 let part = bytes.get(u.offset as usize..u.offset as usize + u.len as usize);
                 let part = part.ok_or_else(|| short(u.key.cluster, bytes.len(), u.offset, u.len as usize))?;
@@ -467,8 +638,9 @@ impl Cache {
 
     /// Packs and evicts until what is held is within the budget.
     fn shrink<'a>(&'a self, mut state: MutexGuard<'a, State>) {
-        while state.held > self.budget {
-            let pack = !state.plan.is_empty() && state.hot > self.budget / HOT_SHARE;
+        let room = self.room();
+        while state.held > room {
+            let pack = !state.plan.is_empty() && state.hot > room / HOT_SHARE;
             let Some(victim) = state.farthest(|e| !pack || matches!(e.data, Data::Hot(_))) else { return };
             match state.take(victim) {
                 Some(Data::Hot(bytes)) if pack => {
@@ -511,20 +683,26 @@ impl Cache {
             }
         }
         if uses.is_empty() {
-            return read();
+            return limited(FIRST_WORK, read);
         }
         *self.state() = State::planned(uses);
-        std::thread::scope(|scope| {
-            let _end = End(self);
-            for _ in 0..threads {
-                scope.spawn(|| self.decode_ahead());
-            }
-            read()
+        limited(FIRST_WORK, || {
+            std::thread::scope(|scope| {
+                let _end = End(self);
+                for _ in 0..threads {
+                    let meter = meter();
+                    scope.spawn(|| metered(meter, || self.decode_ahead()));
+                }
+                read()
+            })
         })
     }
 
     /// The reader has come to `at`: what is not used from there on is dropped.
     pub fn advance(&self, at: u64) {
+        if let Some(meter) = meter() {
+            meter.allowed.fetch_max(work_for(at), Ordering::Relaxed);
+        }
         let mut state = self.state();
         let before = state.reader;
         state.at = at;
@@ -572,17 +750,21 @@ impl Cache {
             // In the place of what is needed later, only what the reader is nearer to: the later something has to go, the
             // better is known what is not needed.
             let within = |bytes| state.plan[i].at <= state.at.saturating_add(bytes);
-            let room = within(AHEAD) && state.held + len <= self.budget
-                || within(AHEAD.min(self.budget / HOT_SHARE))
+            let bytes = self.room();
+            let room = within(AHEAD) && state.held + state.loading + len <= bytes
+                || within(AHEAD.min(bytes / HOT_SHARE))
+                    && state.loading + len <= bytes / HOT_SHARE
                     && state.farthest(|_| true).is_some_and(|k| state.entries[&k].next > i);
             if !room {
                 state = self.wait(state);
                 continue;
             }
             state.entries.insert(key, Entry { data: Data::Busy, next: i });
+            state.loading += len;
             drop(state);
             let failed = self.load(key).is_err();
             state = self.state();
+            state.loading = state.loading.saturating_sub(len);
             if failed {
                 // The reader will come to it, try again, and report it.
                 state.ahead = state.ahead.max(i + 1);

@@ -7,7 +7,9 @@
 use std::io;
 
 use liblzma::stream::{Action, Status, Stream};
-use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
+use zstd::stream::raw::{DParameter, InBuffer, Operation, OutBuffer};
+
+use crate::decompress::{MAX_WINDOW_LOG, explain, lzma_stream, xz_stream};
 
 /// How a cluster is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,17 +36,13 @@ pub(super) fn up_to(algorithm: Algorithm, stored: &[u8], len: usize) -> io::Resu
     let n = match algorithm {
         Algorithm::Lz4 => lz4(stored, &mut out),
         Algorithm::MicroLzma => micro_lzma(stored, &mut out),
-        Algorithm::Lzma => Stream::new_lzma_decoder(u64::MAX)
-            .map_err(io::Error::from)
-            .and_then(|decoder| lzma(decoder, &[stored], &mut out)),
+        Algorithm::Lzma => lzma_stream().and_then(|decoder| lzma(decoder, &[stored], &mut out)),
         Algorithm::Deflate => inflate(false, stored, &mut out),
         Algorithm::Zlib => inflate(true, stored, &mut out),
         Algorithm::Zstd => unzstd(stored, &mut out),
-        Algorithm::Xz => Stream::new_stream_decoder(u64::MAX, 0)
-            .map_err(io::Error::from)
-            .and_then(|decoder| lzma(decoder, &[stored], &mut out)),
+        Algorithm::Xz => xz_stream(0).and_then(|decoder| lzma(decoder, &[stored], &mut out)),
     }
-    .map_err(|e| damaged(format!("decode {algorithm:?} data of {} bytes: {e}", stored.len())))?;
+    .map_err(|e| damaged(format!("decode {algorithm:?} data of {} bytes: {}", stored.len(), explain(e))))?;
     out.truncate(n);
     Ok(out)
 }
@@ -79,7 +77,7 @@ fn micro_lzma(stored: &[u8], out: &mut [u8]) -> io::Result<usize> {
     header[1..5].copy_from_slice(&u32::try_from(out.len()).unwrap_or(u32::MAX).to_le_bytes());
     // Unknown length: the decoder stops where the output does.
     header[5..13].fill(0xff);
-    lzma(Stream::new_lzma_decoder(u64::MAX)?, &[&header, rest], out)
+    lzma(lzma_stream()?, &[&header, rest], out)
 }
 
 /// Runs a liblzma decoder over `parts`, one after the other, until `out` is full or the stream ends.
@@ -113,6 +111,7 @@ fn inflate(zlib: bool, stored: &[u8], out: &mut [u8]) -> io::Result<usize> {
 
 fn unzstd(stored: &[u8], out: &mut [u8]) -> io::Result<usize> {
     let mut decoder = zstd::stream::raw::Decoder::new()?;
+    decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
     let mut input = InBuffer::around(stored);
     let mut output = OutBuffer::around(out);
     loop {

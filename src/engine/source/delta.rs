@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use fast_rsync::{IndexedSignature, Signature, SignatureOptions};
 
-use super::cluster::Use;
+use super::cluster::Trace;
 use super::{Reader, Source, check_range};
 use crate::io::is_zero;
 
@@ -24,7 +24,7 @@ pub const BLOCK: u64 = 4096;
 /// Bytes of the strong hash in a signature. Two blocks that agree in it and differ are found out by the proof.
 const STRONG_HASH: u32 = 8;
 
-/// The most commands that a delta may have: each takes 16 bytes of memory. A disk needs about one for each file.
+/// The most commands that a delta may have, however much memory there is. A disk needs about one for each file.
 pub const MAX_OPS: usize = 16 << 20;
 
 /// Bytes of the target that are looked at together. Small, because what a copy goes on with is compared and not
@@ -121,6 +121,9 @@ struct Op {
     from: u64,
 }
 
+/// The memory that one takes, in bytes.
+const OP: u64 = size_of::<Op>() as u64;
+
 /// Marks an offset in the delta.
 const LITERAL: u64 = 1 << 63;
 
@@ -133,10 +136,12 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Reads the commands of `delta`, which is over `base`, and checks that they stay inside both.
-    pub fn open(delta: Arc<dyn Source>, base: Arc<dyn Source>) -> io::Result<Self> {
+    /// Reads the commands of `delta`, which is over `base`, and checks that they stay inside both. What is kept of them
+    /// takes at most `memory` bytes.
+    pub fn open(delta: Arc<dyn Source>, base: Arc<dyn Source>, memory: u64) -> io::Result<Self> {
+        let most = usize::try_from(memory / OP).unwrap_or(usize::MAX).min(MAX_OPS);
         let mut ops: Vec<Op> = Vec::new();
-        let mut len = 0u64;
+        let (mut read, mut len) = (0, 0u64);
         let mut reader = BufReader::with_capacity(1 << 16, Reader::new(&*delta));
         let mut magic = [0; 4];
         reader.read_exact(&mut magic)?;
@@ -167,8 +172,11 @@ impl Delta {
                     (from, n)
                 }
             };
-            if ops.len() == MAX_OPS {
-                return Err(invalid(format!("more than {MAX_OPS} commands")));
+            read += 1;
+            if read > MAX_OPS || ops.len() == most {
+                return Err(invalid(format!(
+                    "more than {most} commands, which is what {memory} bytes of memory have room for"
+                )));
             }
             if n > 0 {
                 ops.push(Op { start: len, from });
@@ -184,6 +192,11 @@ impl Delta {
         drop(reader);
         ops.shrink_to_fit();
         Ok(Self { ops, len, base, delta })
+    }
+
+    /// The memory that its commands take, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.ops.len() as u64 * OP
     }
 
     /// The parts of commands that make up `offset..offset + len`: position, length, and where from.
@@ -215,26 +228,23 @@ impl Source for Delta {
         Ok(())
     }
 
+    /// Looks at one command only: with all that follow, deltas over deltas would take exponential time.
     fn zeros_at(&self, offset: u64) -> u64 {
-        let mut zeros = 0;
-        for (_, n, from) in self.each(offset, self.len.saturating_sub(offset)) {
-            let known = if from & LITERAL == 0 { self.base.zeros_at(from).min(n) } else { 0 };
-            zeros += known;
-            if known < n {
-                break;
-            }
+        match self.each(offset, self.len.saturating_sub(offset)).next() {
+            Some((_, n, from)) if from & LITERAL == 0 => self.base.zeros_at(from).min(n),
+            _ => 0,
         }
-        zeros
     }
 
-    fn trace(&self, offset: u64, len: u64, at: u64, uses: &mut Vec<Use>) {
+    fn trace(&self, offset: u64, len: u64, at: u64, trace: &mut Trace) -> Option<()> {
         for (start, n, from) in self.each(offset, len.min(self.len.saturating_sub(offset))) {
             let at = at + (start - offset);
             match from & LITERAL {
-                0 => self.base.trace(from, n, at, uses),
-                _ => self.delta.trace(from & !LITERAL, n, at, uses),
+                0 => self.base.trace(from, n, at, trace)?,
+                _ => self.delta.trace(from & !LITERAL, n, at, trace)?,
             }
         }
+        Some(())
     }
 }
 

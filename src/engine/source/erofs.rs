@@ -9,6 +9,7 @@
 //! cluster* decodes to. The end of a file may instead be a part of the *packed inode*, a file without a name that
 //! collects such fragments; it is resolved to the packed inode's own clusters.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
@@ -34,9 +35,13 @@ const FEATURE_48BIT: u32 = 0x80;
 const FEATURE_METABOX: u32 = 0x100;
 const FEATURE_DEVICE_TABLE: u32 = 0x8;
 
-/// All directories together, in bytes. Those of a real live rootfs have a few MiB; the limit bounds hostile ones that
-/// overlap.
+/// All directories together, in bytes, and what is decoded to read them. Those of a real live rootfs have a few MiB; the
+/// limit bounds hostile ones that overlap.
 const MAX_DIRECTORIES: u64 = 256 << 20;
+
+/// The indexes and chunk tables of all files together, in bytes. Those of a real live rootfs have some MiB; this is what the
+/// longest view takes.
+const MAX_TABLES: u64 = 128 << 20;
 
 /// The block address of a hole.
 const NULL_BLOCK: u32 = u32::MAX;
@@ -83,7 +88,8 @@ pub fn open_placed(image: Arc<dyn Source>) -> io::Result<(ClusterMap, Vec<Placed
             image.len()
         )));
     }
-    let mut reader = Reader { image: image.clone(), superblock, packed: None };
+    let tables_left = Cell::new(MAX_TABLES);
+    let mut reader = Reader { image: image.clone(), superblock, packed: None, tables_left };
 
     let mut clusters = Clusters::new(image);
     if let Some(nid) = reader.superblock.packed {
@@ -177,11 +183,21 @@ struct Reader {
     superblock: Superblock,
     /// What the packed inode holds.
     packed: Option<Run>,
+    /// How much of indexes and chunk tables may still be read, in bytes.
+    tables_left: Cell<u64>,
 }
 
 impl Reader {
     fn block_size(&self) -> u64 {
         1 << self.superblock.block_bits
+    }
+
+    /// A part of an index or chunk table.
+    fn table(&self, at: u64, len: u64) -> io::Result<Vec<u8>> {
+        let left = self.tables_left.get().checked_sub(len);
+        let left = left.ok_or_else(|| damaged(format!("indexes of more than {MAX_TABLES} bytes")))?;
+        self.tables_left.set(left);
+        bytes(&*self.image, at, len)
     }
 
     fn inode(&self, nid: u64) -> io::Result<Inode> {
@@ -219,7 +235,7 @@ impl Reader {
         let mut files = Vec::new();
         let mut seen = HashSet::from([self.superblock.root]);
         let mut todo = vec![self.superblock.root];
-        let mut directories = 0;
+        let (mut directories, mut left) = (0, MAX_DIRECTORIES);
         while let Some(nid) = todo.pop() {
             let inode = self.inode(nid).map_err(at(nid))?;
             match inode.mode & 0o170000 {
@@ -233,7 +249,10 @@ impl Reader {
                     }
                     // `.` and `..` lead to what has been seen.
                     todo.extend(
-                        self.entries(&inode).map_err(at(nid))?.into_iter().filter(|&n| seen.insert(n)),
+                        self.entries(&inode, &mut left)
+                            .map_err(at(nid))?
+                            .into_iter()
+                            .filter(|&n| seen.insert(n)),
                     );
                     if seen.len() as u64 > MAX_INODES {
                         return Err(damaged(format!("EROFS image with more than {MAX_INODES} inodes")));
@@ -247,12 +266,12 @@ impl Reader {
     }
 
     /// The nids of what is in a directory.
-    fn entries(&self, inode: &Inode) -> io::Result<Vec<u64>> {
+    fn entries(&self, inode: &Inode, left: &mut u64) -> io::Result<Vec<u64>> {
         // The clusters of a directory are no part of the view.
         let mut clusters = Clusters::new(self.image.clone());
         let mut run = Run::default();
         self.map(inode, &mut clusters, &mut run)?;
-        let data = clusters.read(&run)?;
+        let data = clusters.read(&run, left)?;
         let mut nids = Vec::new();
         // Each block starts with its entries of 12 bytes; the names follow, so the first name ends the entries.
         for block in data.chunks(1 << self.superblock.block_bits) {
@@ -303,7 +322,7 @@ impl Reader {
         let chunk_bits = self.superblock.block_bits + (format & 0x1f);
         let entry_len = if format & 0x20 != 0 { 8 } else { 4 };
         let count = inode.size.div_ceil(1 << chunk_bits);
-        let table = bytes(&*self.image, inode.end.next_multiple_of(entry_len), count * entry_len)?;
+        let table = self.table(inode.end.next_multiple_of(entry_len), count * entry_len)?;
         let mut left = inode.size;
         for entry in table.chunks_exact(entry_len as usize) {
             let len = left.min(1 << chunk_bits);
@@ -356,7 +375,7 @@ impl Reader {
         };
         let index = Index::new(inode, header_at + 8, self.superblock.block_bits, advise);
         file.index_end = index.end();
-        let entries = bytes(&*self.image, index.at, index.end() - index.at)?;
+        let entries = self.table(index.at, index.end() - index.at)?;
 
         let mut head: Option<Head> = None;
         let mut failure = Ok(());

@@ -22,15 +22,16 @@ pub const ALIGN: u64 = 4096;
 /// bounds what the block lists of a hostile image, which may overlap, make us read.
 pub const MAX_VIEW: u64 = 64 << 30;
 
-/// The most inodes that are looked at. A real live rootfs has some ten thousand.
-pub const MAX_INODES: u64 = 4 << 20;
+/// The most inodes that are looked at: some 50 MiB of memory. A real live rootfs has some ten thousand.
+pub const MAX_INODES: u64 = 1 << 19;
 
-/// The most extents of one image: some hundreds of MiB of memory. A real live rootfs has some hundred thousand.
-const MAX_EXTENTS: usize = 8 << 20;
+/// The most extents of one image: 64 MiB of memory, and as much for their clusters. A real live rootfs has some hundred
+/// thousand.
+const MAX_EXTENTS: usize = 2 << 20;
 
-/// The longest stored form of a cluster, in bytes. Without a limit, few bytes of cluster could cost a read of the whole
-/// image each.
-const MAX_STORED: u32 = MAX_CLUSTER;
+/// The longest stored form of a cluster, in bytes: `mkfs.erofs` makes them of up to 4000 KiB. Without a limit, few bytes of
+/// cluster could cost a read of the whole image each.
+const MAX_STORED: u32 = 4 << 20;
 
 /// Where a file lies in the view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,16 +166,21 @@ impl Clusters {
         }
     }
 
-    /// All the bytes of `run`, decoding what they lie in. For directories: each cluster is decoded anew.
-    pub(super) fn read(&self, run: &Run) -> io::Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(run.len as usize);
+    /// All the bytes of `run`, decoding what they lie in, and no more than `left` bytes of that. For directories, whose
+    /// clusters are decoded again for each use.
+    pub(super) fn read(&self, run: &Run, left: &mut u64) -> io::Result<Vec<u8>> {
+        let mut out = Vec::new();
         for extent in &run.extents {
             let len = extent.len as usize;
             match extent.origin {
                 Origin::Zeros => out.resize(out.len() + len, 0),
                 Origin::Image { offset } => out.extend(bytes(&*self.image, offset, extent.len)?),
                 Origin::Cluster { id, offset } => {
-                    let decoded = self.list[id as usize].decode(&*self.image)?;
+                    let cluster = &self.list[id as usize];
+                    *left = left
+                        .checked_sub(cluster.decoded.into())
+                        .ok_or_else(|| damaged("too much must be decoded to read the directories"))?;
+                    let decoded = cluster.decode(&*self.image)?;
                     let part = decoded.get(offset as usize..).and_then(|d| d.get(..len));
                     out.extend(part.ok_or_else(|| damaged("an extent longer than its cluster"))?);
                 }

@@ -17,7 +17,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use cluster::Use;
+use cluster::Trace;
 
 /// Plain bytes of a known length that can be read at any position.
 ///
@@ -41,9 +41,12 @@ pub trait Source: Send + Sync {
         0
     }
 
-    /// Appends to `uses` the clusters that reading `len` bytes at `offset` decodes. `at` is where the reader of the
-    /// outermost source will be by then: each use is stamped with its own position counted from there.
-    fn trace(&self, _offset: u64, _len: u64, _at: u64, _uses: &mut Vec<Use>) {}
+    /// Appends to `trace` the clusters that reading `len` bytes at `offset` decodes. `at` is where the reader of the
+    /// outermost source will be by then: each use is stamped with its own position counted from there. `None` when there
+    /// are more than the trace has room for.
+    fn trace(&self, _offset: u64, _len: u64, _at: u64, trace: &mut Trace) -> Option<()> {
+        trace.step()
+    }
 }
 
 /// Checks that `len` bytes at `offset` lie inside `total`; the `UnexpectedEof` of [`Source::read_at`] otherwise.
@@ -170,8 +173,8 @@ impl Source for Slice {
         self.inner.zeros_at(self.start + offset).min(self.len.saturating_sub(offset))
     }
 
-    fn trace(&self, offset: u64, len: u64, at: u64, uses: &mut Vec<Use>) {
-        self.inner.trace(self.start + offset, len, at, uses);
+    fn trace(&self, offset: u64, len: u64, at: u64, trace: &mut Trace) -> Option<()> {
+        self.inner.trace(self.start + offset, len, at, trace)
     }
 }
 
@@ -227,13 +230,14 @@ impl Source for Concat {
         self.parts[part].zeros_at(inner)
     }
 
-    fn trace(&self, mut offset: u64, mut len: u64, mut at: u64, uses: &mut Vec<Use>) {
+    fn trace(&self, mut offset: u64, mut len: u64, mut at: u64, trace: &mut Trace) -> Option<()> {
         while len > 0 && offset < self.len() {
             let (part, inner) = self.find(offset);
             let n = (self.parts[part].len() - inner).min(len);
-            self.parts[part].trace(inner, n, at, uses);
+            self.parts[part].trace(inner, n, at, trace)?;
             (offset, at, len) = (offset + n, at + n, len - n);
         }
+        Some(())
     }
 }
 

@@ -21,7 +21,7 @@ const MAGIC: &[u8] = b"hsqs";
 const METADATA: usize = 8192;
 
 /// The longest inode table, decoded, in bytes. That of a real live rootfs has a few MiB.
-const MAX_INODE_TABLE: usize = 1 << 30;
+const MAX_INODE_TABLE: usize = 64 << 20;
 
 /// The longest target of a symbolic link: Linux refuses longer ones.
 const MAX_TARGET: usize = 4096;
