@@ -50,6 +50,8 @@ pub(super) enum Refusal {
     Unknown,
     /// The registry does not answer, or not as it should.
     Registry,
+    /// It was not this request's turn to ask the registry, or the registry has not answered yet.
+    Busy,
 }
 
 impl State {

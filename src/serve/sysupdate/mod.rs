@@ -22,16 +22,21 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use axum::Router;
 use axum::extract::{ConnectInfo, Path, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
 
 use self::listing::{Listing, Refusal};
 use self::pairs::{Half, Pairs};
+use super::clients::Places;
+use super::flow::Flow;
+use super::http::busy;
+use super::pool::{Busy, Pool};
 use crate::http::Retry;
 use crate::openpgp::Signer;
 use crate::registry::{self, Client, Reference, TRANSPORT};
@@ -48,6 +53,9 @@ pub const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a registry is left alone after it did not answer.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// How long a request waits for its turn to ask the registry, and for the answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Somebody waits for the answer: a registry has seconds, not minutes.
 const RETRY: Retry = Retry { attempts: 3, delay: Duration::from_millis(250) };
 
@@ -57,7 +65,7 @@ const MAX_REPOSITORIES: usize = 1000;
 /// Repositories that are asked for at once.
 const MAX_REFRESHES: usize = 8;
 
-/// Files that are sent at once; each takes a thread.
+/// Files that are sent at once; each takes a thread, and some 100 KiB.
 const MAX_DOWNLOADS: usize = 256;
 
 /// A registry, and what stands before all names of repositories in it.
@@ -109,6 +117,8 @@ pub struct Options {
     pub redirect: bool,
     /// How long tags are taken to be what they were.
     pub ttl: Duration,
+    /// The most downloads of one client at a time; 0 is no limit.
+    pub downloads_per_client: usize,
 }
 
 struct Offer {
@@ -118,8 +128,8 @@ struct Offer {
     redirect: bool,
     ttl: Duration,
     repositories: StdMutex<HashMap<String, Arc<Repository>>>,
-    refreshes: Semaphore,
-    downloads: Arc<Semaphore>,
+    refreshes: Pool,
+    downloads: Arc<Places>,
 }
 
 struct Repository {
@@ -131,7 +141,7 @@ struct Repository {
 /// Answers `/REPOSITORY/SHA256SUMS`, `/REPOSITORY/SHA256SUMS.gpg` and `/REPOSITORY/FILE`. Clients are told apart by
 /// `ConnectInfo<SocketAddr>`, where the server gives that.
 pub fn router(options: Options) -> Result<Router> {
-    let Options { registry, client, signer, redirect, ttl } = options;
+    let Options { registry, client, signer, redirect, ttl, downloads_per_client } = options;
     let tls_verify = client.tls_verify && !registry.plain;
     let offer = Offer {
         registry,
@@ -140,8 +150,8 @@ pub fn router(options: Options) -> Result<Router> {
         redirect,
         ttl,
         repositories: StdMutex::default(),
-        refreshes: Semaphore::new(MAX_REFRESHES),
-        downloads: Arc::new(Semaphore::new(MAX_DOWNLOADS)),
+        refreshes: Pool::new(MAX_REFRESHES, Some(PATIENCE)),
+        downloads: Places::new(MAX_DOWNLOADS, downloads_per_client),
     };
     Ok(Router::new().route("/{*path}", get(answer)).with_state(Arc::new(offer)))
 }
@@ -197,6 +207,10 @@ impl Offer {
 
     /// The listing of a repository as it is, or was not long ago.
     async fn listing(self: &Arc<Self>, repository: &Repository) -> Result<Arc<Listing>, Refusal> {
+        timeout(PATIENCE, self.listed(repository)).await.unwrap_or(Err(Refusal::Busy))
+    }
+
+    async fn listed(self: &Arc<Self>, repository: &Repository) -> Result<Arc<Listing>, Refusal> {
         let mut state = repository.state.clone().lock_owned().await;
         let fresh = |(at, found): &(Instant, Result<_, Refusal>)| {
             at.elapsed() < if found.is_ok() { self.ttl } else { self.ttl.min(PAUSE) }
@@ -204,13 +218,15 @@ impl Offer {
         if let Some((_, found)) = state.asked.as_ref().filter(|asked| fresh(asked)) {
             return found.clone();
         }
-        let _permit = self.refreshes.acquire().await.map_err(|_| Refusal::Registry)?;
         let (offer, reference) = (self.clone(), repository.reference.clone());
-        let refreshed = tokio::task::spawn_blocking(move || {
+        let refreshed = self.refreshes.run(move || {
             state.refresh(&offer.client, &reference, offer.signer.as_ref());
             state.asked.as_ref().map(|(_, found)| found.clone())
         });
-        refreshed.await.ok().flatten().unwrap_or(Err(Refusal::Registry))
+        match refreshed.await {
+            Err(e) if e.is::<Busy>() => Err(Refusal::Busy),
+            refreshed => refreshed.ok().flatten().unwrap_or(Err(Refusal::Registry)),
+        }
     }
 
     /// A file, as it is in the listing that the client has, or else as it is now.
@@ -233,16 +249,19 @@ impl Offer {
         if self.redirect {
             let (client, reference) = (self.client.clone(), repository.reference.clone());
             let location = move || client.blob_location(&reference, file.0);
-            return match tokio::task::spawn_blocking(location).await {
+            return match self.refreshes.run(location).await {
                 Ok(Ok(url)) => (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, url)]).into_response(),
+                Err(e) if e.is::<Busy>() => refused(Refusal::Busy),
                 _ => refused(Refusal::Registry),
             };
         }
-        let Ok(permit) = self.downloads.clone().try_acquire_owned() else {
-            return (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "5")]).into_response();
+        let Some(flow) = Flow::of(&request.extensions) else { return refused(Refusal::Unknown) };
+        let place = match flow.enter(&self.downloads) {
+            Ok(place) => place,
+            Err(e) => return busy(format!("downloads: {e}")),
         };
         let asked = (&request.method, &request.headers);
-        blob::answer(&self.client, &repository.reference, file, asked, permit).await
+        blob::answer(&self.client, &repository.reference, file, asked, place).await
     }
 }
 
@@ -261,6 +280,7 @@ fn client_of(request: &Parts) -> String {
 
 fn refused(refusal: Refusal) -> Response {
     match refusal {
+        Refusal::Busy => busy("the registry takes long to answer; retry later"),
         Refusal::Unknown => (StatusCode::NOT_FOUND, "not found\n").into_response(),
         Refusal::Registry => {
             (StatusCode::BAD_GATEWAY, "the registry does not answer as it should\n").into_response()
