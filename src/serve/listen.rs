@@ -33,6 +33,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
@@ -42,6 +43,7 @@ use super::clients::{Client, Place, Places};
 use super::flow::{Connection, Flow, Paced, is_stalled};
 use super::mapped;
 use super::metrics::Metrics;
+use crate::memory;
 
 /// The longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
@@ -67,6 +69,10 @@ const MAX_RESETS: usize = 20;
 
 /// The longest that a TLS handshake may take.
 const MAX_HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// How often the number of connections is looked at, and from how many on: when half of them have ended, memory that they
+/// had is given back to the system.
+const TRIM: (Duration, u64) = (Duration::from_secs(5), 64);
 
 /// How often each connection is looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -231,6 +237,8 @@ pub struct Site {
     pub router: Router,
     /// Limits of its connections, which no other site takes.
     pub limits: Limits,
+    /// Where its connections are answered.
+    pub runtime: Handle,
 }
 
 /// Serves until the process is told to end, and the downloads that are going on then have ended, too, or `drain` is over.
@@ -246,7 +254,7 @@ pub async fn serve(
     let mut hangup = signal(SignalKind::hangup())?;
     let graceful = Arc::new(GracefulShutdown::new());
     let (mut tasks, mut certificates, mut files) = (Vec::new(), Vec::new(), Vec::new());
-    for Site { listeners, router, limits } in sites {
+    for Site { listeners, router, limits, runtime } in sites {
         let connections = Places::new(limits.connections, limits.connections_per_client);
         let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
         certificates.extend(listeners.tls.clone());
@@ -262,13 +270,22 @@ pub async fn serve(
                 refusals: refusals.clone(),
                 draining: draining.subscribe(),
             };
-            tasks.push(tokio::spawn(accepting.run(graceful.clone())));
+            tasks.push(runtime.spawn(accepting.run(graceful.clone())));
         }
     }
+    let (mut trim, mut most) = (tokio::time::interval(TRIM.0), 0);
     loop {
         tokio::select! {
             _ = end.recv() => break,
             _ = interrupt.recv() => break,
+            _ = trim.tick() => {
+                let now = metrics.connections.get();
+                most = most.max(now);
+                if most >= TRIM.1 && now < most / 2 {
+                    most = now;
+                    tokio::task::spawn_blocking(memory::return_free_pages);
+                }
+            }
             _ = hangup.recv() => for tls in &certificates {
                 match tls.files.load() {
                     Ok(config) => {

@@ -179,9 +179,14 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     };
     let public = around(public.merge(options.sysupdate.unwrap_or_default()));
     let admin = around(of(&ADMIN));
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.enable_all().max_blocking_threads(THREADS + 2 * readers).build();
-    let runtime = runtime.context("cannot start threads")?;
+    let runtime = || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.enable_all().max_blocking_threads(THREADS + 2 * readers);
+        runtime
+    };
+    // A thread of its own: probes do not wait behind thousands of connections.
+    let beside = runtime().worker_threads(1).build().context("cannot start threads")?;
+    let runtime = runtime().build().context("cannot start threads")?;
     let served = runtime.block_on(async {
         let limits = options.limits;
         let of_admin = Limits { connections: MAX_ADMIN, connections_per_client: 0, ..limits.clone() };
@@ -189,18 +194,23 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
         for address in listeners.addresses() {
             eprintln!("listening on {address}");
         }
-        let administration = Listeners::open_only(&options.admin_listen)?;
+        let administration = {
+            let _there = beside.enter();
+            Listeners::open_only(&options.admin_listen)?
+        };
         for address in administration.addresses() {
             eprintln!("administration on {address}");
         }
+        let (here, there) = (runtime.handle().clone(), beside.handle().clone());
         let sites = [
-            Site { listeners, router: public, limits: limits.clone() },
-            Site { listeners: administration, router: admin, limits: of_admin },
+            Site { listeners, router: public, limits: limits.clone(), runtime: here },
+            Site { listeners: administration, router: admin, limits: of_admin, runtime: there },
         ];
         listen::serve(sites.into(), limits.drain, &metrics, &drain).await
     });
     // What is being made for nobody any more need not be finished.
     runtime.shutdown_background();
+    beside.shutdown_background();
     served
 }
 
