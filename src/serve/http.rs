@@ -35,7 +35,7 @@ pub fn say(status: StatusCode, text: impl Into<String>) -> Response<Body> {
 }
 
 /// How long a client is to wait before it asks again when there is too much to do, in seconds.
-const RETRY: &str = "5";
+pub const RETRY: &str = "5";
 
 /// 503: too much is being done at the moment.
 pub fn busy(text: impl Into<String>) -> Response<Body> {

@@ -41,6 +41,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::clients::{Client, Place, Places};
 use super::flow::{Connection, Flow, Paced, is_stalled};
+use super::http::RETRY;
 use super::mapped;
 use super::metrics::Metrics;
 use crate::memory;
@@ -173,7 +174,7 @@ impl Drop for RemoveSocket {
 pub struct Listeners {
     sockets: Vec<Listener>,
     /// Those of `sockets` that are to be removed in the end.
-    _files: Vec<RemoveSocket>,
+    files: Vec<RemoveSocket>,
     tls: Option<Arc<Tls>>,
 }
 
@@ -216,7 +217,7 @@ impl Listeners {
                 }
             });
         }
-        Ok(Self { sockets, _files: files, tls: tls.transpose()? })
+        Ok(Self { sockets, files, tls: tls.transpose()? })
     }
 
     /// The addresses that it listens on.
@@ -258,7 +259,7 @@ pub async fn serve(
         let connections = Places::new(limits.connections, limits.connections_per_client);
         let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
         certificates.extend(listeners.tls.clone());
-        files.extend(listeners._files);
+        files.extend(listeners.files);
         for socket in listeners.sockets {
             let accepting = Accepting {
                 socket,
@@ -462,8 +463,9 @@ impl Accepting {
         tokio::spawn(timeout(time, async move {
             let _permit = permit;
             let head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n\
-                        Cache-Control: no-store\r\nRetry-After: 5\r\nConnection: close\r\n";
-            let text = format!("{head}Content-Length: {}\r\n\r\n{why}\n", why.len() + 1);
+                        Cache-Control: no-store\r\nConnection: close\r\n";
+            let text =
+                format!("{head}Retry-After: {RETRY}\r\nContent-Length: {}\r\n\r\n{why}\n", why.len() + 1);
             if stream.write_all(text.as_bytes()).await.is_ok() && stream.shutdown().await.is_ok() {
                 // Were the request left unread, the client would see a connection that breaks.
                 let _ = tokio::io::copy(&mut stream.take(len), &mut tokio::io::sink()).await;

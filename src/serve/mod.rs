@@ -142,7 +142,7 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     let patient = |threads| Pool::new(threads, Some(options.queue));
     let (drain, draining) = watch::channel(false);
     let app = Arc::new(App {
-        releases: Releases::new(stores, options.memory - buffers.min(options.memory))?,
+        releases: Releases::new(stores, options.memory.saturating_sub(buffers))?,
         opening: Arc::new(Opening {
             cache,
             metrics: metrics.clone(),

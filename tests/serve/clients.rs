@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -229,12 +230,38 @@ fn the_listener_for_administration() {
     for path in ["/", "/streams/stable.json", &site.iso] {
         assert_eq!(site.serve.head(&["--unix-socket", &socket, path]).0, 404, "{path}");
     }
+    // Whoever keeps more connections than there are for probes does not keep a probe out.
+    let _idle: Vec<_> = (0..100).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    assert_eq!(site.admin("/readyz"), "ready\n");
     assert_eq!(site.serve.text("/readyz"), "ready\n");
     assert_eq!(site.serve.head(&["/metrics"]).0, 404);
     // Without such a listener they are where they were.
     let serve = Serve::start(&[&releases().1], &[]);
     assert!(serve.text("/metrics").contains("rehydrator_http_requests_total"));
     assert_eq!(serve.text("/healthz"), "ok\n");
+}
+
+/// Frames that cost the client little and nobody ever reads the answers to.
+#[test]
+fn floods_of_frames_take_no_memory() {
+    type Flood = fn(&mut Http2, u32, &str) -> std::io::Result<()>;
+    let floods: [Flood; 3] = [
+        |http2, _, _| http2.ping(),
+        |http2, _, _| http2.settings(),
+        |http2, i, path| http2.get(2 * i + 1, path).and_then(|()| http2.reset(2 * i + 1)),
+    ];
+    let site = site(&["--timeout", "2s"]);
+    for flood in floods {
+        let mut http2 = Http2::connect(site.serve.address(), 2, 1).unwrap();
+        http2.stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        let start = Instant::now();
+        // Until the server reads no more, or closes the connection.
+        let mut streams = (0..200_000).take_while(|_| start.elapsed() < Duration::from_secs(5));
+        let _ = streams.try_for_each(|i| flood(&mut http2, i, &site.iso));
+        assert!(site.serve.peak() < 128, "{} MiB", site.serve.peak());
+        assert_eq!(site.admin("/readyz"), "ready\n");
+    }
+    assert!(site.fetch(2));
 }
 
 #[test]

@@ -90,6 +90,16 @@ impl Http2 {
         self.stream.write_all(&frame(PING, 0, 0, b"stay up!"))
     }
 
+    /// Resets a stream.
+    pub fn reset(&mut self, stream: u32) -> std::io::Result<()> {
+        self.stream.write_all(&frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes()))
+    }
+
+    /// Says once more what its settings are.
+    pub fn settings(&mut self) -> std::io::Result<()> {
+        self.stream.write_all(&frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 1]))
+    }
+
     /// Grants `n` more bytes, of a stream or for 0 of the connection.
     pub fn grant(&mut self, stream: u32, n: u32) -> std::io::Result<()> {
         self.stream.write_all(&frame(WINDOW_UPDATE, 0, stream, &n.to_be_bytes()))
