@@ -56,7 +56,7 @@ pub enum Command {
     #[command(subcommand)]
     Mirror(Mirror),
     /// Serve over HTTP
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Print shell completions
     Completions {
         /// The shell
@@ -667,6 +667,10 @@ pub struct Serve {
     /// 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     pub listen: Vec<Address>,
+    /// Where to answer /healthz, /readyz and /metrics for probes and monitors, without TLS and whatever other clients do;
+    /// may be repeated. /metrics is only there then [default: with everything else]
+    #[arg(long, value_name = "ADDR")]
+    pub admin_listen: Vec<Address>,
     /// A dehydrated directory to serve; may be repeated [default: /srv/dehydrated, unless --from or --registry names
     /// something to serve]
     #[arg(long, env = "REHYDRATOR_DATA", value_name = "DIR")]
@@ -707,10 +711,22 @@ pub struct Serve {
     /// Where requests are logged, one JSON object a line: a file, - for stdout, or `none`
     #[arg(long, default_value = "-", value_name = "FILE")]
     pub access_log: PathBuf,
-    /// The most connections at a time; who comes then must wait
+    /// Maximum concurrent connections. Then an idle one is closed for a new one, or one of the client that has most; if
+    /// there is none, the new one gets 503
     #[arg(long, default_value_t = 4096, value_name = "N")]
     pub connections: usize,
-    /// How long a client may take for a request, for the next one, and to take any byte of an answer
+    /// Maximum concurrent connections of one client: an IPv4 address or an IPv6 network (/64). 0 is no limit, as behind a
+    /// proxy, where all clients have one address; unix sockets have none
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub connections_per_client: usize,
+    /// Maximum concurrent downloads of one client; more get 503. 0 is no limit
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub downloads_per_client: usize,
+    /// How long a request waits for its turn, as while other files are made, before it gets 503
+    #[arg(long, value_parser = parse_duration, default_value = "10m", value_name = "TIME")]
+    pub queue: Duration,
+    /// How long a client may take for a request and for the next one. It must take an answer at 1 KiB/s on average over
+    /// this time
     #[arg(long, value_parser = parse_duration, default_value = "30s", value_name = "TIME")]
     pub timeout: Duration,
     /// How long downloads may go on after SIGTERM; a second one ends them

@@ -151,7 +151,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
         }
         Command::Serve(args) => {
             drop(out);
-            run_serve(args)
+            run_serve(*args)
         }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
@@ -222,9 +222,15 @@ fn run_serve(args: cli::Serve) -> Result<()> {
         stores.push(Arc::new(Store::open(dir)?));
     }
     let tls = args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsFiles { cert, key });
-    let limits = Limits { connections: args.connections, timeout: args.timeout, drain: args.drain };
+    let limits = Limits {
+        connections: args.connections,
+        connections_per_client: args.connections_per_client,
+        timeout: args.timeout,
+        drain: args.drain,
+    };
     let options = serve::Options {
         listen: args.listen,
+        admin_listen: args.admin_listen,
         tls,
         base_url: args.base_url,
         memory: args.memory.unwrap_or_else(quarter),
@@ -234,6 +240,8 @@ fn run_serve(args: cli::Serve) -> Result<()> {
         ignition: args.ignition,
         access_log: args.access_log,
         limits,
+        downloads_per_client: args.downloads_per_client,
+        queue: args.queue,
         sysupdate,
     };
     serve::run(stores, options)
@@ -264,6 +272,7 @@ fn sysupdate(args: &cli::Serve) -> Result<Option<axum::Router>> {
         keys: sign_key.iter().map(read).collect::<Result<_>>()?,
         redirect: *redirect,
         ttl: *ttl,
+        downloads_per_client: args.downloads_per_client,
     };
     serve::sysupdate::router(options).map(Some)
 }

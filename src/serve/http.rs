@@ -34,6 +34,16 @@ pub fn say(status: StatusCode, text: impl Into<String>) -> Response<Body> {
     response
 }
 
+/// How long a client is to wait before it asks again when there is too much to do, in seconds.
+pub const RETRY: &str = "5";
+
+/// 503: too much is being done at the moment.
+pub fn busy(text: impl Into<String>) -> Response<Body> {
+    let mut response = say(StatusCode::SERVICE_UNAVAILABLE, text);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY));
+    response
+}
+
 /// What a request wants of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Wanted {

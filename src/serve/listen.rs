@@ -1,11 +1,15 @@
 //! Connections: where they come from, TLS, HTTP/1.1 and HTTP/2 on them, how long they may take, how they end.
 //!
-//! A client has so many seconds for the headers of a request (`--timeout`), may ask for nothing as long, and must take some
-//! bytes of what it asked for in that time. How long an answer takes to make is not limited.
+//! A client has so many seconds for the headers of a request (`--timeout`), may ask for nothing as long, and must take
+//! what it asked for at [`LOWEST_RATE`](super::flow::LOWEST_RATE) on average over that time. How long an answer takes to make is not limited.
+//!
+//! Accepting never waits: when there are too many connections, an idle one is closed, or one of the client that has most
+//! (`clients`), or else the new one is refused with 503.
 
 use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -15,25 +19,32 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use axum::Router;
 use axum::extract::ConnectInfo;
-use axum::{Extension, Router};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use axum::http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::service::Service;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use super::clients::{Client, Place, Places};
+use super::flow::{Connection, Flow, Paced, is_stalled};
+use super::http::RETRY;
 use super::mapped;
 use super::metrics::Metrics;
-use super::observe::Connection;
+use crate::memory;
 
 /// The longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
@@ -43,6 +54,39 @@ const MAX_HEADERS: usize = 100;
 
 /// Requests at a time on one connection of HTTP/2.
 const MAX_STREAMS: u32 = 32;
+
+/// Bytes that a stream of HTTP/2 may send before they are read: there are no bodies of requests that are read.
+const STREAM_WINDOW: u32 = 16 << 10;
+
+/// The same for a connection: the least that the protocol allows.
+const CONNECTION_WINDOW: u32 = (64 << 10) - 1;
+
+/// Bytes of each stream of HTTP/2 that wait to be sent: a piece of a body is given as a whole, whatever this is.
+const SEND_BUFFER: usize = 64 << 10;
+
+/// Streams of a connection that a client may reset before they are answered, and errors it may make, before the
+/// connection is closed.
+const MAX_RESETS: usize = 20;
+
+/// The longest that a TLS handshake may take.
+const MAX_HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// How often the number of connections is looked at, and from how many on: when half of them have ended, memory that they
+/// had is given back to the system.
+const TRIM: (Duration, u64) = (Duration::from_secs(5), 64);
+
+/// How often each connection is looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Bytes that wait in the kernel to be sent over a connection. Without a limit it takes megabytes for each slow client,
+/// which count as memory of the process where that is limited, and tells of progress as seldom.
+const UNSENT: libc::c_int = 128 << 10;
+
+/// Connections that are being told at a time that they are refused; more are closed without a word.
+const MAX_REFUSALS: usize = 64;
+
+/// How long a refused client has to read why, and how many bytes of its request are read meanwhile.
+const REFUSAL: (Duration, u64) = (Duration::from_secs(1), 16 << 10);
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +116,8 @@ impl FromStr for Address {
 pub struct Limits {
     /// The most connections at a time.
     pub connections: usize,
+    /// The most of one client; 0 is no limit.
+    pub connections_per_client: usize,
     /// How long a client may take for its part.
     pub timeout: Duration,
     /// How long downloads may go on after the server was told to end.
@@ -128,23 +174,33 @@ impl Drop for RemoveSocket {
 pub struct Listeners {
     sockets: Vec<Listener>,
     /// Those of `sockets` that are to be removed in the end.
-    _files: Vec<RemoveSocket>,
+    files: Vec<RemoveSocket>,
     tls: Option<Arc<Tls>>,
 }
 
 impl Listeners {
     /// Takes the sockets that systemd hands over, and listens on `addresses`.
     pub fn open(addresses: &[Address], tls: Option<&TlsFiles>) -> Result<Self> {
+        let sockets = inherited().context("sockets of systemd")?;
+        match addresses {
+            [] if sockets.is_empty() => {
+                Self::with(sockets, &[Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080)))], tls)
+            }
+            given => Self::with(sockets, given, tls),
+        }
+    }
+
+    /// Listens on `addresses` and nowhere else, without TLS.
+    pub fn open_only(addresses: &[Address]) -> Result<Self> {
+        Self::with(Vec::new(), addresses, None)
+    }
+
+    fn with(mut sockets: Vec<Listener>, addresses: &[Address], tls: Option<&TlsFiles>) -> Result<Self> {
         let tls = tls.map(|files| -> Result<_> {
             let now = RwLock::new(files.load()?);
             Ok(Arc::new(Tls { files: files.clone(), now }))
         });
-        let mut sockets = inherited().context("sockets of systemd")?;
         let mut files = Vec::new();
-        let addresses = match addresses {
-            [] if sockets.is_empty() => &[Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080)))],
-            given => given,
-        };
         for address in addresses {
             sockets.push(match address {
                 Address::Tcp(address) => {
@@ -161,7 +217,7 @@ impl Listeners {
                 }
             });
         }
-        Ok(Self { sockets, _files: files, tls: tls.transpose()? })
+        Ok(Self { sockets, files, tls: tls.transpose()? })
     }
 
     /// The addresses that it listens on.
@@ -172,70 +228,97 @@ impl Listeners {
         };
         self.sockets.iter().map(address).collect()
     }
+}
 
-    /// Serves until the process is told to end, and the downloads that are going on then have ended, too. `draining`
-    /// becomes true in between.
-    pub async fn serve(
-        self,
-        router: Router,
-        limits: &Limits,
-        metrics: &Arc<Metrics>,
-        draining: &watch::Sender<bool>,
-    ) -> Result<()> {
-        raise_open_files();
-        let (mut end, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let mut hangup = signal(SignalKind::hangup())?;
-        let graceful = Arc::new(GracefulShutdown::new());
-        let connections = Arc::new(Semaphore::new(limits.connections));
-        let mut tasks = Vec::new();
-        for socket in self.sockets {
+/// Listeners, and what is answered there.
+pub struct Site {
+    /// Where it is.
+    pub listeners: Listeners,
+    /// What is answered.
+    pub router: Router,
+    /// Limits of its connections, which no other site takes.
+    pub limits: Limits,
+    /// Where its connections are answered.
+    pub runtime: Handle,
+}
+
+/// Serves until the process is told to end, and the downloads that are going on then have ended, too, or `drain` is over.
+/// `draining` becomes true in between.
+pub async fn serve(
+    sites: Vec<Site>,
+    drain: Duration,
+    metrics: &Arc<Metrics>,
+    draining: &watch::Sender<bool>,
+) -> Result<()> {
+    raise_open_files();
+    let (mut end, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut hangup = signal(SignalKind::hangup())?;
+    let graceful = Arc::new(GracefulShutdown::new());
+    let (mut tasks, mut certificates, mut files) = (Vec::new(), Vec::new(), Vec::new());
+    for Site { listeners, router, limits, runtime } in sites {
+        let connections = Places::new(limits.connections, limits.connections_per_client);
+        let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
+        certificates.extend(listeners.tls.clone());
+        files.extend(listeners.files);
+        for socket in listeners.sockets {
             let accepting = Accepting {
                 socket,
-                tls: self.tls.clone(),
+                tls: listeners.tls.clone(),
                 router: router.clone(),
                 limits: limits.clone(),
                 metrics: metrics.clone(),
                 connections: connections.clone(),
+                refusals: refusals.clone(),
+                draining: draining.subscribe(),
             };
-            tasks.push(tokio::spawn(accepting.run(graceful.clone())));
+            tasks.push(runtime.spawn(accepting.run(graceful.clone())));
         }
-        loop {
-            tokio::select! {
-                _ = end.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = hangup.recv() => match &self.tls {
-                    None => {}
-                    Some(tls) => match tls.files.load() {
-                        Ok(config) => {
-                            *tls.now.write().unwrap_or_else(PoisonError::into_inner) = config;
-                            tracing::info!("certificate read again");
-                        }
-                        Err(e) => tracing::error!("the certificate stays what it was: {e:#}"),
-                    },
-                },
-            }
-        }
-        draining.send_replace(true);
-        for task in tasks {
-            task.abort();
-            // Its socket is closed when this returns.
-            let _ = task.await;
-        }
-        tracing::info!("ending when {} connections have", graceful.count());
-        // Those who accepted are gone, and what is left of this is ours.
-        let ended = async {
-            if let Some(graceful) = Arc::into_inner(graceful) {
-                graceful.shutdown().await;
-            }
-        };
-        tokio::select! {
-            () = ended => {}
-            () = sleep(limits.drain) => tracing::warn!("downloads were cut off"),
-            _ = end.recv() => tracing::warn!("downloads were cut off"),
-            _ = interrupt.recv() => tracing::warn!("downloads were cut off"),
-        }
-        Ok(())
     }
+    let (mut trim, mut most) = (tokio::time::interval(TRIM.0), 0);
+    loop {
+        tokio::select! {
+            _ = end.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = trim.tick() => {
+                let now = metrics.connections.get();
+                most = most.max(now);
+                if most >= TRIM.1 && now < most / 2 {
+                    most = now;
+                    tokio::task::spawn_blocking(memory::return_free_pages);
+                }
+            }
+            _ = hangup.recv() => for tls in &certificates {
+                match tls.files.load() {
+                    Ok(config) => {
+                        *tls.now.write().unwrap_or_else(PoisonError::into_inner) = config;
+                        tracing::info!("certificate read again");
+                    }
+                    Err(e) => tracing::error!("the certificate stays what it was: {e:#}"),
+                }
+            },
+        }
+    }
+    draining.send_replace(true);
+    for task in tasks {
+        task.abort();
+        // Its socket is closed when this returns.
+        let _ = task.await;
+    }
+    tracing::info!("ending when {} connections have", graceful.count());
+    // Those who accepted are gone, and what is left of this is ours.
+    let ended = async {
+        if let Some(graceful) = Arc::into_inner(graceful) {
+            graceful.shutdown().await;
+        }
+    };
+    tokio::select! {
+        () = ended => {}
+        () = sleep(drain) => tracing::warn!("downloads were cut off"),
+        _ = end.recv() => tracing::warn!("downloads were cut off"),
+        _ = interrupt.recv() => tracing::warn!("downloads were cut off"),
+    }
+    drop(files);
+    Ok(())
 }
 
 /// The sockets that systemd hands over.
@@ -287,17 +370,18 @@ struct Accepting {
     router: Router,
     limits: Limits,
     metrics: Arc<Metrics>,
-    connections: Arc<Semaphore>,
+    connections: Arc<Places>,
+    refusals: Arc<Semaphore>,
+    draining: watch::Receiver<bool>,
 }
 
 impl Accepting {
     async fn run(self, graceful: Arc<GracefulShutdown>) {
         loop {
-            // Who is too many waits in the queue of the system.
-            let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             let accepted = match &self.socket {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
                     let _ = stream.set_nodelay(true);
+                    limit_unsent(&stream);
                     (Box::new(stream) as Box<dyn Io>, Some(peer))
                 }),
                 Listener::Unix(unix) => {
@@ -313,73 +397,191 @@ impl Accepting {
                     continue;
                 }
             };
-            let config =
-                self.tls.as_ref().map(|tls| tls.now.read().unwrap_or_else(PoisonError::into_inner).clone());
-            let router = match peer {
-                Some(peer) => self.router.clone().layer(Extension(ConnectInfo(peer))),
-                None => self.router.clone(),
-            };
-            let (limits, watcher) = (self.limits.clone(), graceful.watcher());
-            let metrics = self.metrics.clone();
-            tokio::spawn(async move {
-                metrics.connections.add(1);
-                let stream = Timed { inner: stream, limit: limits.timeout, waiting: None };
-                let peer = peer.map_or_else(|| "unix".to_owned(), |peer| peer.to_string());
-                let connection = Arc::new(Connection::new(peer, config.is_none()));
-                match config {
-                    None => converse(stream, router, &limits, connection, watcher).await,
-                    Some(config) => {
-                        let hello = TlsAcceptor::from(config).accept(stream);
-                        if let Ok(Ok(stream)) = timeout(limits.timeout, hello).await {
-                            converse(stream, router, &limits, connection, watcher).await;
-                        }
+            let name = peer.map_or_else(|| "unix".to_owned(), |peer| peer.to_string());
+            let connection = Arc::new(Connection::new(name, Client::of(peer), self.tls.is_none()));
+            let close = connection.clone();
+            let leave = move || close.close.notify_one();
+            match self.connections.enter(connection.client, connection.activity.clone(), leave) {
+                Ok(place) => self.take(stream, peer, connection, place, graceful.watcher()),
+                Err(full) => {
+                    self.metrics.refused.add(1);
+                    self.refuse(stream, format!("connections: {full}"));
+                }
+            }
+        }
+    }
+
+    /// Answers the requests of one connection, on a task of its own.
+    fn take(
+        &self,
+        stream: Box<dyn Io>,
+        peer: Option<SocketAddr>,
+        connection: Arc<Connection>,
+        place: Place,
+        watcher: Watcher,
+    ) {
+        let config =
+            self.tls.as_ref().map(|tls| tls.now.read().unwrap_or_else(PoisonError::into_inner).clone());
+        let conversation = Conversation {
+            router: self.router.clone(),
+            limits: self.limits.clone(),
+            connection: connection.clone(),
+            peer,
+            draining: self.draining.clone(),
+        };
+        let (limit, metrics) = (self.limits.timeout, self.metrics.clone());
+        tokio::spawn(async move {
+            metrics.connections.add(1);
+            let stream = Timed { inner: stream, limit, waiting: None };
+            let whole = match config {
+                None => conversation.hold(stream, watcher).await,
+                Some(config) => {
+                    let hello = timeout(limit.min(MAX_HANDSHAKE), TlsAcceptor::from(config).accept(stream));
+                    tokio::select! {
+                        hello = hello => match hello {
+                            Ok(Ok(stream)) => conversation.hold(stream, watcher).await,
+                            Ok(Err(_)) => true,
+                            Err(_) => false,
+                        },
+                        () = connection.close.notified() => false,
                     }
                 }
-                metrics.connections.less();
-                drop(permit);
-            });
+            };
+            metrics.closed.add(u64::from(!whole));
+            metrics.connections.less();
+            drop(place);
+        });
+    }
+
+    /// Says in HTTP/1.1 that there are too many connections, if that takes no time.
+    fn refuse(&self, mut stream: Box<dyn Io>, why: String) {
+        let Ok(permit) = self.refusals.clone().try_acquire_owned() else { return };
+        if self.tls.is_some() {
+            return;
         }
+        let (time, len) = REFUSAL;
+        tokio::spawn(timeout(time, async move {
+            let _permit = permit;
+            let head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n\
+                        Cache-Control: no-store\r\nConnection: close\r\n";
+            let text =
+                format!("{head}Retry-After: {RETRY}\r\nContent-Length: {}\r\n\r\n{why}\n", why.len() + 1);
+            if stream.write_all(text.as_bytes()).await.is_ok() && stream.shutdown().await.is_ok() {
+                // Were the request left unread, the client would see a connection that breaks.
+                let _ = tokio::io::copy(&mut stream.take(len), &mut tokio::io::sink()).await;
+            }
+        }));
     }
 }
 
-/// Answers the requests of one connection.
-async fn converse(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    router: Router,
-    limits: &Limits,
-    connection: Arc<Connection>,
-    watcher: Watcher,
-) {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.timeout)
-        .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_header_list_size(MAX_HEAD as u32)
-        .max_concurrent_streams(MAX_STREAMS)
-        .initial_stream_window_size(64 << 10)
-        .keep_alive_interval(limits.timeout)
-        .keep_alive_timeout(limits.timeout);
-    let service = TowerToHyperService::new(router.layer(Extension(connection.clone())));
-    let answered = watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
-    tokio::pin!(answered);
-    let patience = limits.timeout.as_millis() as u64;
-    loop {
-        tokio::select! {
-            done = &mut answered => {
-                if let Err(e) = done {
-                    tracing::debug!(peer = connection.peer, "{e}");
-                }
-                return;
+/// Bounds what the kernel keeps of what is sent.
+fn limit_unsent(stream: &TcpStream) {
+    // SAFETY: sets an option of an open socket, whose value is a number.
+    #[allow(unsafe_code, reason = "no library that is here knows this option")]
+    let done = unsafe {
+        let (value, len) = (UNSENT, size_of_val(&UNSENT) as libc::socklen_t);
+        let option = (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT);
+        libc::setsockopt(stream.as_raw_fd(), option.0, option.1, (&raw const value).cast(), len)
+    };
+    if done != 0 {
+        tracing::debug!("TCP_NOTSENT_LOWAT: {}", io::Error::last_os_error());
+    }
+}
+
+tokio::task_local! {
+    /// Ends the stream of HTTP/2 that a task answers.
+    static STREAM: Arc<Notify>;
+}
+
+/// Runs the streams of HTTP/2, each of which can be ended.
+#[derive(Clone)]
+struct Streams;
+
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Streams {
+    fn execute(&self, stream: F) {
+        let end = Arc::new(Notify::new());
+        tokio::spawn(STREAM.scope(end.clone(), async move {
+            tokio::select! {
+                _ = stream => {}
+                // What it has sent is thrown away with it, and the client gets a RST_STREAM.
+                () = end.notified() => {}
             }
-            () = sleep(limits.timeout / 2) => {
-                if connection.idle() > patience {
-                    return;
+        }));
+    }
+}
+
+/// The requests of one connection.
+struct Conversation {
+    router: Router,
+    limits: Limits,
+    connection: Arc<Connection>,
+    peer: Option<SocketAddr>,
+    draining: watch::Receiver<bool>,
+}
+
+impl Conversation {
+    /// Answers them. False if the connection was closed because nothing moves, or to make room.
+    async fn hold(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        watcher: Watcher,
+    ) -> bool {
+        let (limits, connection) = (&self.limits, &self.connection);
+        let mut builder = Builder::new(Streams);
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.timeout)
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_HEADERS);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_header_list_size(MAX_HEAD as u32)
+            .max_concurrent_streams(MAX_STREAMS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .max_local_error_reset_streams(MAX_RESETS)
+            .keep_alive_interval(limits.timeout)
+            .keep_alive_timeout(limits.timeout);
+        let (router, peer) = (TowerToHyperService::new(self.router), self.peer);
+        let of = connection.clone();
+        let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+            let (router, connection) = (router.clone(), of.clone());
+            async move {
+                let flow = Flow::new(connection, STREAM.try_with(Clone::clone).ok());
+                request.extensions_mut().insert(flow.clone());
+                if let Some(peer) = peer {
+                    request.extensions_mut().insert(ConnectInfo(peer));
+                }
+                let response: Response<_> = router.call(request).await?;
+                Ok::<_, std::convert::Infallible>(response.map(|body| Paced::new(body, flow)))
+            }
+        });
+        let answered = watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+        tokio::pin!(answered);
+        loop {
+            tokio::select! {
+                done = &mut answered => {
+                    if let Err(e) = done {
+                        tracing::debug!(peer = connection.peer, "{e}");
+                    }
+                    return true;
+                }
+                () = connection.close.notified() => return false,
+                () = sleep(TICK.min(limits.timeout / 2)) => {
+                    let activity = &connection.activity;
+                    // Who has asked for nothing when the server ends has a moment to do so.
+                    let patience = if *self.draining.borrow() { TICK } else { limits.timeout };
+                    if activity.is_idle() && activity.quiet() > patience {
+                        return false;
+                    }
+                    if !connection.reset_stalled(limits.timeout) {
+                        tracing::debug!(peer = connection.peer, "takes nothing");
+                        return false;
+                    }
                 }
             }
         }
@@ -426,26 +628,58 @@ macro_rules! io_of {
 io_of!(TcpStream);
 io_of!(UnixStream);
 
-/// A stream that fails when the other end takes nothing of what is sent for too long.
+/// A stream that fails when the other end takes what is sent at less than [`LOWEST_RATE`](super::flow::LOWEST_RATE).
 struct Timed {
     inner: Box<dyn Io>,
     limit: Duration,
-    waiting: Option<Pin<Box<Sleep>>>,
+    waiting: Option<Waiting>,
+}
+
+/// From when on a stream could have taken more, and what it has taken since then.
+struct Waiting {
+    since: Instant,
+    taken: u64,
+    until: Pin<Box<Sleep>>,
 }
 
 impl Timed {
-    fn check<T>(&mut self, cx: &mut Context<'_>, sent: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if sent.is_ready() {
-            self.waiting = None;
-            return sent;
+    fn check(&mut self, cx: &mut Context<'_>, sent: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &sent {
+            Poll::Ready(Ok(n)) => {
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.taken += *n as u64;
+                }
+            }
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => return self.wait(cx),
         }
+        sent
+    }
+
+    fn wait<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         let limit = self.limit;
-        let waiting =
-            self.waiting.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
-        match waiting.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-            Poll::Pending => Poll::Pending,
+        let waiting = self.waiting.get_or_insert_with(|| Waiting {
+            since: Instant::now(),
+            taken: 0,
+            until: Box::pin(sleep(limit)),
+        });
+        while waiting.until.as_mut().poll(cx).is_ready() {
+            if is_stalled(waiting.taken, waiting.since.elapsed(), limit) {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            (waiting.since, waiting.taken) = (Instant::now(), 0);
+            waiting.until.as_mut().reset(waiting.since + limit);
         }
+        Poll::Pending
+    }
+
+    /// All that there is has been sent, or the end has.
+    fn ended(&mut self, cx: &mut Context<'_>, done: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
+        if done.is_pending() {
+            return self.wait(cx);
+        }
+        self.waiting = None;
+        done
     }
 }
 
@@ -488,12 +722,12 @@ impl AsyncWrite for Timed {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = Pin::new(&mut *self.inner).poll_flush(cx);
-        self.check(cx, sent)
+        self.ended(cx, sent)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = Pin::new(&mut *self.inner).poll_shutdown(cx);
-        self.check(cx, sent)
+        self.ended(cx, sent)
     }
 }
 

@@ -1,8 +1,11 @@
 //! Files of the cache that the kernel sends by itself.
 //!
-//! A file that is whole is mapped, and bodies are slices of the mapping, which nobody need ever look at: a socket without TLS
-//! recognizes them by their addresses and has the kernel send these bytes of the file (`sendfile`), as web servers do. To all
-//! else they are bytes.
+//! A file that is whole is mapped, and bodies are slices of the mapping, which nobody ever looks at: a socket without TLS
+//! recognizes them by their addresses and has the kernel send these bytes of the file (`sendfile`), as web servers do.
+//!
+//! A page of a mapping that cannot be read ends the process (SIGBUS). So only bodies of HTTP/1.1 without TLS are such slices:
+//! hyper passes their addresses on, where HTTP/2 and TLS copy. The kernel reports what cannot be read as an error, and the
+//! request fails.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -36,7 +39,8 @@ impl AsRef<[u8]> for Slice {
 impl Mapped {
     /// Maps a file that is not empty, and that nobody changes any more.
     pub fn new(file: File) -> io::Result<Arc<Self>> {
-        // SAFETY: the file has no name and is written no more, so that it neither changes nor becomes shorter.
+        // SAFETY: the file has no name and is written no more, so that it does not change. Should somebody shorten it all the
+        // same, nobody looks at the bytes (see above).
         #[allow(unsafe_code, reason = "memory that is a file can be had in no other way")]
         let map = unsafe { Mmap::map(&file)? };
         let mapped = Arc::new(Self { file, map });

@@ -35,12 +35,15 @@ pub struct Metrics {
     pub bytes: Number,
     pub aborted: Number,
     pub connections: Number,
+    pub refused: Number,
+    pub closed: Number,
     pub streams: Number,
     pub hits: Number,
     pub misses: Number,
     pub evictions: Number,
     pub rehydrations: Number,
     pub failed_rehydrations: Number,
+    pub cancelled_rehydrations: Number,
     pub rehydration_millis: Number,
     pub mismatches: Number,
     pub upstream_errors: Number,
@@ -74,7 +77,11 @@ impl Metrics {
             "rehydrations_total",
             "counter",
             "Files made for the cache.",
-            &[result("good", &self.rehydrations), result("failed", &self.failed_rehydrations)],
+            &[
+                result("good", &self.rehydrations),
+                result("failed", &self.failed_rehydrations),
+                result("cancelled", &self.cancelled_rehydrations),
+            ],
         );
         let seconds = self.rehydration_millis.get() as f64 / 1e3;
         let one = |value: String| [(String::new(), value)];
@@ -93,6 +100,18 @@ impl Metrics {
                 self.aborted.get(),
             ),
             ("http_connections", "gauge", "Connections that are open.", self.connections.get()),
+            (
+                "http_connections_refused_total",
+                "counter",
+                "Connections refused because too many were open.",
+                self.refused.get(),
+            ),
+            (
+                "http_connections_closed_total",
+                "counter",
+                "Connections closed because they were idle or stalled, or to make room for other clients.",
+                self.closed.get(),
+            ),
             ("http_downloads", "gauge", "Files being sent.", self.streams.get()),
             ("cache_hits_total", "counter", "Files that were in the cache, or being made.", self.hits.get()),
             ("cache_misses_total", "counter", "Files that were not.", self.misses.get()),

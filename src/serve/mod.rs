@@ -2,14 +2,19 @@
 //!
 //! ```text
 //! listen ─► observe ─► router ─► releases ─► content ◄── cache      (files: live out of sources, or made once)
-//!                         └────► page, netboot, metrics        └─► mapped    (files of it that the kernel sends by itself)
+//!   └─ flow (what is under way)  └────► page, netboot, metrics   └─► mapped    (files of it that the kernel sends by itself)
 //! ```
+//!
+//! Against clients that take more than their share: [`clients`] (places, by address), [`flow`] (who takes nothing is
+//! cut off), [`content::Buffers`] (memory), [`pool`] (threads).
 //!
 //! The server keeps no state: several of them behind any balancer give the same answers. `docs/serve.md` is for those who
 //! run it.
 
 pub mod cache;
+pub mod clients;
 pub mod content;
+pub mod flow;
 pub mod http;
 pub mod listen;
 pub mod mapped;
@@ -17,11 +22,13 @@ pub mod metrics;
 pub mod netboot;
 pub mod observe;
 pub mod page;
+pub mod pool;
 pub mod releases;
 pub mod sysupdate;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use askama::Template;
@@ -29,31 +36,44 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use axum::http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use axum::routing::any;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use url::Url;
 
 use crate::digest::Digest;
 use crate::store::Store;
 use cache::Cache;
-use content::Reading;
-use http::{File, say};
-use listen::{Address, Limits, Listeners, TlsFiles};
+use content::{Buffers, Reading};
+use flow::Flow;
+use http::{File, busy, say};
+use listen::{Address, Limits, Listeners, Site, TlsFiles};
 use metrics::Metrics;
 use observe::Observer;
-use releases::{Entry, Opened, Release, Releases};
+use pool::{Busy, Pool};
+use releases::{Entry, Opened, Opening, Release, Releases};
 
 /// The longest path and query of a request, in bytes.
 const MAX_PATH: usize = 2048;
 
+/// The most connections at a time to the listeners for administration: those of probes and monitors.
+const MAX_ADMIN: usize = 64;
+
+/// Files and sources that are opened at a time: opening fetches from a registry, and decodes metadata.
+const OPENERS: usize = 16;
+
+/// Threads for all pools together, beside the readers: sysupdate has most of them, one for each download.
+const THREADS: usize = 512;
+
+/// What the listeners for administration answer.
+const ADMIN: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
+
 /// What is answered here; all else belongs to the repositories of a registry.
-const OWN: [&str; 9] = [
+const OWN: [&str; 8] = [
     "/",
     "/healthz",
     "/readyz",
-    "/metrics",
     "/boot.ipxe",
     "/boot/{*path}",
     "/streams/{*path}",
@@ -70,6 +90,8 @@ const PATH_SET: &AsciiSet =
 pub struct Options {
     /// Where to listen; where there is nothing else, on 127.0.0.1:8080.
     pub listen: Vec<Address>,
+    /// Where else `/healthz`, `/readyz` and `/metrics` are answered, without TLS; `/metrics` only there, if anywhere.
+    pub admin_listen: Vec<Address>,
     /// The certificate, for TLS.
     pub tls: Option<TlsFiles>,
     /// Where clients find the server, if that is not what they call it.
@@ -88,6 +110,10 @@ pub struct Options {
     pub access_log: PathBuf,
     /// Limits of connections.
     pub limits: Limits,
+    /// The most downloads of one client at a time; 0 is no limit.
+    pub downloads_per_client: usize,
+    /// How long a request waits for its turn.
+    pub queue: Duration,
     /// What [`sysupdate::router`] gives, if it is wanted.
     pub sysupdate: Option<Router>,
 }
@@ -95,7 +121,8 @@ pub struct Options {
 /// What all requests share.
 struct App {
     releases: Releases,
-    cache: Arc<Cache>,
+    opening: Arc<Opening>,
+    configs: Pool,
     reading: Arc<Reading>,
     metrics: Arc<Metrics>,
     base_url: Option<Url>,
@@ -110,12 +137,26 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
     let observer = Arc::new(Observer::new(metrics.clone(), &options.access_log)?);
     let cache = Cache::new(options.cache.clone(), options.cache_size, options.rehydrations, metrics.clone())?;
+    let buffers = Buffers::part_of(options.memory);
     let readers = 2 * std::thread::available_parallelism().map_or(1, usize::from);
+    let patient = |threads| Pool::new(threads, Some(options.queue));
     let (drain, draining) = watch::channel(false);
     let app = Arc::new(App {
-        releases: Releases::new(stores, options.memory)?,
-        cache,
-        reading: Arc::new(Reading { readers: Semaphore::new(readers), metrics: metrics.clone() }),
+        releases: Releases::new(stores, options.memory.saturating_sub(buffers))?,
+        opening: Arc::new(Opening {
+            cache,
+            metrics: metrics.clone(),
+            sources: patient(OPENERS),
+            bases: Pool::new(1, None),
+            patience: options.queue,
+        }),
+        configs: patient(OPENERS),
+        reading: Arc::new(Reading {
+            sources: Pool::new(readers, None),
+            files: Pool::new(readers, None),
+            buffers: Buffers::new(buffers, options.downloads_per_client),
+            metrics: metrics.clone(),
+        }),
         metrics: metrics.clone(),
         base_url: options.base_url.clone(),
         tls: options.tls.is_some(),
@@ -123,25 +164,53 @@ pub fn run(stores: Vec<Arc<Store>>, options: Options) -> Result<()> {
         sysupdate: options.sysupdate.is_some(),
         draining,
     });
-    let mut router = Router::new();
-    for path in OWN {
-        router = router.route(path, any(answer));
+    let of = |paths: &[&str]| {
+        let router = Router::new();
+        paths.iter().fold(router, |router, path| router.route(path, any(answer))).with_state(app.clone())
+    };
+    let mut public = of(&OWN);
+    if options.admin_listen.is_empty() {
+        public = public.merge(of(&["/metrics"]));
     }
-    let router = router
-        .with_state(app)
-        .merge(options.sysupdate.unwrap_or_default())
-        .layer(axum::middleware::from_fn(one_host))
-        .layer(axum::middleware::from_fn_with_state(observer, observe::observe));
-    let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
+    let around = |router: Router| {
+        router
+            .layer(axum::middleware::from_fn(one_host))
+            .layer(axum::middleware::from_fn_with_state(observer.clone(), observe::observe))
+    };
+    let public = around(public.merge(options.sysupdate.unwrap_or_default()));
+    let admin = around(of(&ADMIN));
+    let runtime = || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.enable_all().max_blocking_threads(THREADS + 2 * readers);
+        runtime
+    };
+    // A thread of its own: probes do not wait behind thousands of connections.
+    let beside = runtime().worker_threads(1).build().context("cannot start threads")?;
+    let runtime = runtime().build().context("cannot start threads")?;
     let served = runtime.block_on(async {
+        let limits = options.limits;
+        let of_admin = Limits { connections: MAX_ADMIN, connections_per_client: 0, ..limits.clone() };
         let listeners = Listeners::open(&options.listen, options.tls.as_ref())?;
         for address in listeners.addresses() {
             eprintln!("listening on {address}");
         }
-        listeners.serve(router, &options.limits, &metrics, &drain).await
+        let administration = {
+            let _there = beside.enter();
+            Listeners::open_only(&options.admin_listen)?
+        };
+        for address in administration.addresses() {
+            eprintln!("administration on {address}");
+        }
+        let (here, there) = (runtime.handle().clone(), beside.handle().clone());
+        let sites = [
+            Site { listeners, router: public, limits: limits.clone(), runtime: here },
+            Site { listeners: administration, router: admin, limits: of_admin, runtime: there },
+        ];
+        listen::serve(sites.into(), limits.drain, &metrics, &drain).await
     });
     // What is being made for nobody any more need not be finished.
     runtime.shutdown_background();
+    beside.shutdown_background();
     served
 }
 
@@ -162,7 +231,14 @@ async fn answer(State(app): State<Arc<App>>, request: Request<Body>) -> Response
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    let mut response = app.route(&parts).await;
+    // What the probes ask for must always be answered, and takes nothing.
+    let mut response = match Flow::of(&parts.extensions) {
+        Some(flow) if !ADMIN.contains(&parts.uri.path()) => match app.reading.buffers.enter(flow) {
+            Ok(()) => app.route(&parts).await,
+            Err(e) => busy(format!("downloads: {e}")),
+        },
+        _ => app.route(&parts).await,
+    };
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if parts.method == Method::HEAD {
@@ -179,7 +255,7 @@ impl App {
         }
         let Ok(path) = percent_decode_str(parts.uri.path()).decode_utf8() else { return not_found() };
         match &*path {
-            "/" => return self.page(parts),
+            "/" => return self.page(parts).await,
             "/healthz" => return say(StatusCode::OK, "ok"),
             "/readyz" => {
                 return match *self.draining.borrow() {
@@ -188,7 +264,7 @@ impl App {
                 };
             }
             "/metrics" => {
-                let text = self.metrics.print(self.cache.held(), self.cache.making().len());
+                let text = self.metrics.print(self.opening.cache.held(), self.opening.cache.making().len());
                 return document(parts, None, "text/plain; version=0.0.4", text.into_bytes());
             }
             "/boot.ipxe" => return self.boot(parts, None, None).unwrap_or_else(not_found),
@@ -198,7 +274,7 @@ impl App {
             return self.file(parts, entry).await;
         }
         let answer = if let Some(name) = path.strip_prefix("/streams/") {
-            self.stream(parts, name)
+            self.stream(parts, name).await
         } else if let Some(name) = path.strip_prefix("/boot/").and_then(|p| p.strip_suffix(".ipxe")) {
             let (stream, arch) = name.split_once('/').map_or((name, None), |(s, a)| (s, Some(a)));
             self.boot(parts, Some(stream), arch)
@@ -237,17 +313,19 @@ impl App {
         if file.body(&parts.method, &wanted).is_none() {
             return file.respond(&parts.method, &wanted, |_| Body::empty());
         }
-        let (app, own) = (self.clone(), entry.clone());
-        let opened = tokio::task::spawn_blocking(move || own.open(&app.cache, &app.metrics)).await;
-        match opened.map_err(anyhow::Error::from).and_then(|opened| opened) {
+        let Some(flow) = Flow::of(&parts.extensions) else {
+            return say(StatusCode::BAD_REQUEST, "no connection");
+        };
+        match entry.open(&self.opening).await {
             Ok(Opened::Bytes(bytes)) => file.bytes(&parts.method, &parts.headers, &bytes),
             Ok(Opened::Content(content)) => {
                 let name = &entry.file.name;
-                let connection = parts.extensions.get::<Arc<observe::Connection>>();
-                let plain = connection.is_some_and(|connection| connection.plain);
-                let body = |range| content::body(content, name, range, file.size, &self.reading, plain);
+                let direct = flow.connection.plain && parts.version < Version::HTTP_2;
+                let body =
+                    |range| content::body(content, name, range, file.size, &self.reading, flow, direct);
                 file.respond(&parts.method, &wanted, body)
             }
+            Err(e) if e.is::<Busy>() => busy(format!("{e:#}")),
             Err(e) => {
                 tracing::error!("{}: {e:#}", entry.file.name);
                 let mut response = match e.downcast_ref::<cache::NoRoom>() {
@@ -261,7 +339,7 @@ impl App {
     }
 
     /// A document of a stream: the one for clients of this server, or the original and its signature.
-    fn stream(&self, parts: &Parts, name: &str) -> Option<Response<Body>> {
+    async fn stream(&self, parts: &Parts, name: &str) -> Option<Response<Body>> {
         const JSON: &str = "application/json";
         let original = parts.uri.query() == Some("original");
         if let Some(name) = name.strip_suffix(".json.sig").filter(|_| original) {
@@ -275,6 +353,7 @@ impl App {
         let Some(base) = self.base(parts) else {
             return Some(say(StatusCode::BAD_REQUEST, "no host is asked for"));
         };
+        self.hold(parts, release.original().len()).await;
         match release.document(&base) {
             Ok(json) => Some(document(parts, None, JSON, json)),
             Err(e) => {
@@ -323,9 +402,16 @@ impl App {
     /// An Ignition config.
     async fn config(&self, parts: &Parts, name: &str) -> Option<Response<Body>> {
         let (dir, own) = (self.ignition.clone()?, name.to_owned());
-        let read = tokio::task::spawn_blocking(move || netboot::config(&dir, &own)).await;
-        match read.map_err(anyhow::Error::from).and_then(|read| read) {
+        let read = async {
+            let Some((file, len)) = self.configs.run(move || netboot::config(&dir, &own)).await?? else {
+                return Ok(None);
+            };
+            self.hold(parts, len as usize).await;
+            self.configs.run(move || netboot::read_config(file, len)).await?.map(Some)
+        };
+        match read.await {
             Ok(bytes) => Some(document(parts, Some(name), "application/vnd.coreos.ignition+json", bytes?)),
+            Err(e) if e.is::<Busy>() => Some(busy(format!("{e:#}"))),
             Err(e) => {
                 tracing::error!("ignition: {e:#}");
                 None
@@ -333,12 +419,22 @@ impl App {
         }
     }
 
-    fn page(&self, parts: &Parts) -> Response<Body> {
+    /// Takes memory for an answer of some `len` bytes, until it has been taken.
+    async fn hold(&self, parts: &Parts, len: usize) {
+        let memory = self.reading.buffers.whole(len as u64).await;
+        if let Some(flow) = Flow::of(&parts.extensions) {
+            flow.keep(memory);
+        }
+    }
+
+    async fn page(&self, parts: &Parts) -> Response<Body> {
         let Some(base) = self.base(parts) else {
             return say(StatusCode::BAD_REQUEST, "no host is asked for");
         };
-        match page::Page::new(&self.releases.all, &base, self.cache.making(), self.sysupdate).render() {
+        let page = page::Page::new(&self.releases.all, &base, self.opening.cache.making(), self.sysupdate);
+        match page.render() {
             Ok(html) => {
+                self.hold(parts, html.len()).await;
                 let mut response = document(parts, None, "text/html; charset=utf-8", html.into_bytes());
                 let policy = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
                 response

@@ -55,9 +55,9 @@ pub fn by_architecture(release: &Release, base: &Url, query: Option<&str>) -> Op
     ))
 }
 
-/// The file `name` of the directory `dir`; none where there is no such file. Links are followed as long as they stay in the
-/// directory, which is how Kubernetes mounts configurations.
-pub fn config(dir: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+/// The file `name` of the directory `dir`, and its length; none where there is no such file. Links are followed as long as
+/// they stay in the directory, which is how Kubernetes mounts configurations.
+pub fn config(dir: &Path, name: &str) -> Result<Option<(File, u64)>> {
     if check_file_name(name).is_err() || name.starts_with('.') {
         return Ok(None);
     }
@@ -72,9 +72,14 @@ pub fn config(dir: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     if !metadata.is_file() || metadata.len() > MAX_CONFIG {
         return Ok(None);
     }
+    Ok(Some((file, metadata.len())))
+}
+
+/// What is in it, up to `len` bytes.
+pub fn read_config(file: File, len: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    file.take(MAX_CONFIG).read_to_end(&mut bytes).with_context(at)?;
-    Ok(Some(bytes))
+    file.take(len).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

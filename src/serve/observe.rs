@@ -4,7 +4,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -18,40 +17,11 @@ use axum::response::Response;
 use futures_util::Stream;
 use serde_json::{Value, json};
 
+use super::flow::{Connection, Flow};
 use super::metrics::Metrics;
 
 /// The longest text of a request that goes into the log, in characters.
 const MAX_TEXT: usize = 512;
-
-/// A connection.
-#[derive(Debug)]
-pub struct Connection {
-    /// Who is at the other end.
-    pub peer: String,
-    /// Whether what is sent goes over it as it is, without TLS.
-    pub plain: bool,
-    /// Requests that are being answered.
-    active: AtomicUsize,
-    /// When the last one was done, in milliseconds since `started`.
-    last: AtomicU64,
-    started: Instant,
-}
-
-impl Connection {
-    /// One that has just been made.
-    pub fn new(peer: String, plain: bool) -> Self {
-        Self { peer, plain, active: AtomicUsize::new(0), last: AtomicU64::new(0), started: Instant::now() }
-    }
-
-    /// For how many milliseconds nothing was asked for.
-    pub fn idle(&self) -> u64 {
-        let now = self.started.elapsed().as_millis() as u64;
-        match self.active.load(Ordering::Acquire) {
-            0 => now.saturating_sub(self.last.load(Ordering::Acquire)),
-            _ => 0,
-        }
-    }
-}
 
 /// Where requests are counted and logged.
 pub struct Observer {
@@ -114,10 +84,10 @@ fn describe(request: &Request, connection: Option<&Connection>) -> Value {
 
 /// Counts and logs a request. Goes around all others.
 pub async fn observe(State(observer): State<Arc<Observer>>, request: Request, next: Next) -> Response {
-    let connection = request.extensions().get::<Arc<Connection>>().cloned();
+    let connection = Flow::of(request.extensions()).map(|flow| flow.connection.clone());
     let line = describe(&request, connection.as_deref());
     if let Some(connection) = &connection {
-        connection.active.fetch_add(1, Ordering::AcqRel);
+        connection.activity.begin();
     }
     let counted = method(request.method());
     let mut watch = Watch { observer, connection, line, started: Instant::now(), sent: 0, expected: None };
@@ -162,8 +132,7 @@ impl Drop for Watch {
         self.line["seconds"] = (self.started.elapsed().as_millis() as f64 / 1e3).into();
         self.observer.write(&self.line);
         if let Some(connection) = &self.connection {
-            connection.last.store(connection.started.elapsed().as_millis() as u64, Ordering::Release);
-            connection.active.fetch_sub(1, Ordering::AcqRel);
+            connection.activity.end();
         }
     }
 }

@@ -7,17 +7,20 @@
 //!
 //! Paths are looked up in a table that is made at the start: no path of a request ever becomes one of the file system.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::body::Bytes;
+use tokio::sync::OnceCell;
 use url::Url;
 
-use super::cache::Cache;
+use super::cache::{Cache, Room};
 use super::content::Content;
 use super::metrics::Metrics;
+use super::pool::Pool;
 use crate::catalog::{Catalog, SIGNATURE};
 use crate::mirror::release::{relocate, version_of};
 use crate::mirror::version::{check_name, compare};
@@ -25,6 +28,7 @@ use crate::produce::Check;
 use crate::progress::Progress;
 use crate::recipe::{Artifact, NamedFile, Tier};
 use crate::rehydrate::Rehydrator;
+use crate::sink::Output;
 use crate::source::Source;
 use crate::store::{STREAM, STREAM_SIGNATURE, Store};
 use crate::stream::Stream;
@@ -66,10 +70,24 @@ pub struct Release {
     /// Where clients get the published files, by the URL that the original names.
     places: HashMap<String, (PathBuf, bool)>,
     views: Mutex<HashMap<usize, Arc<dyn Source>>>,
-    /// The bases that were written out, or will not be.
-    bases: Mutex<BTreeSet<usize>>,
+    /// The bases that were written out, with what they take of the cache; without, if there was no room for them.
+    bases: Mutex<HashMap<usize, Arc<OnceCell<Option<Room>>>>>,
     /// The plan of a cache of clusters is for one at a time.
     making: Mutex<()>,
+}
+
+/// What opening files needs.
+pub struct Opening {
+    /// Where files are kept that took work to make.
+    pub cache: Arc<Cache>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Threads that open sources.
+    pub sources: Pool,
+    /// Threads that write out bases.
+    pub bases: Pool,
+    /// How long a request waits for its turn.
+    pub patience: Duration,
 }
 
 /// All of them.
@@ -234,46 +252,65 @@ impl Release {
         live.and_then(|(_, dir)| dir.as_deref())
     }
 
-    /// Writes out, once, what the artifact is made of and lies in another order there, if there is room for it.
-    fn write_out_bases(&self, artifact: &Artifact, cache: &Cache) -> Result<()> {
-        let mut done = self.bases.lock().unwrap_or_else(PoisonError::into_inner);
-        for (i, size) in self.rehydrator.bases(artifact) {
-            if done.contains(&i) {
-                continue;
-            }
-            match cache.reserve(size) {
-                Ok(()) => self.rehydrator.write_out(i, cache.dir())?,
-                Err(e) => {
-                    tracing::warn!("{}: slow from here on: its base is not kept: {e}", artifact.label())
-                }
-            }
-            done.insert(i);
+    /// Writes out, once, what the artifact is made of and lies in another order there, if there is room for it. What was
+    /// begun is ended, also when nobody waits for it any more: the next one will.
+    async fn write_out_bases(self: &Arc<Self>, i: usize, opening: &Arc<Opening>) -> Result<()> {
+        for (base, size) in self.rehydrator.bases(&self.artifacts()[i]) {
+            let cell =
+                self.bases.lock().unwrap_or_else(PoisonError::into_inner).entry(base).or_default().clone();
+            let (own, opening) = (self.clone(), opening.clone());
+            let written = async move {
+                cell.get_or_try_init(|| own.write_out_base(base, size, &opening)).await.map(|_| ())
+            };
+            tokio::spawn(written).await??;
         }
         Ok(())
     }
 
+    /// What the base takes of the cache, in which it is from now on.
+    async fn write_out_base(
+        self: &Arc<Self>,
+        base: usize,
+        size: u64,
+        opening: &Opening,
+    ) -> Result<Option<Room>> {
+        let room = match opening.cache.reserve(size) {
+            Ok(room) => room,
+            Err(e) => {
+                tracing::warn!(
+                    "{} {}: slow from here on: a base is not kept: {e}",
+                    self.stream,
+                    self.version
+                );
+                return Ok(None);
+            }
+        };
+        let (own, dir) = (self.clone(), opening.cache.dir().to_owned());
+        opening.bases.run(move || own.rehydrator.write_out(base, &dir)).await??;
+        Ok(Some(room))
+    }
+
     /// The output of an artifact, to be read anywhere.
-    fn view(&self, i: usize, cache: &Cache) -> Result<Arc<dyn Source>> {
-        let views = || self.views.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(view) = views().get(&i) {
+    async fn view(self: &Arc<Self>, i: usize, opening: &Arc<Opening>) -> Result<Arc<dyn Source>> {
+        if let Some(view) = self.views.lock().unwrap_or_else(PoisonError::into_inner).get(&i) {
             return Ok(view.clone());
         }
-        let artifact = &self.artifacts()[i];
-        self.write_out_bases(artifact, cache)?;
-        let view = self.rehydrator.parts(artifact)?.view()?;
-        anyhow::ensure!(
-            view.len() == artifact.output.blob.size,
-            "expected {} bytes, got {}",
-            artifact.output.blob.size,
-            view.len()
-        );
-        Ok(views().entry(i).or_insert(view).clone())
+        self.write_out_bases(i, opening).await?;
+        let own = self.clone();
+        let open = move || {
+            let artifact = &own.artifacts()[i];
+            let view = own.rehydrator.parts(artifact)?.view()?;
+            let (expected, found) = (artifact.output.blob.size, view.len());
+            anyhow::ensure!(found == expected, "expected {expected} bytes, got {found}");
+            Ok(own.views.lock().unwrap_or_else(PoisonError::into_inner).entry(i).or_insert(view).clone())
+        };
+        opening.sources.run(open).await?
     }
 }
 
 impl Entry {
-    /// Opens it. Takes long where sources must be fetched or written out first.
-    pub fn open(self: &Arc<Self>, cache: &Arc<Cache>, metrics: &Metrics) -> Result<Opened> {
+    /// Opens it. Takes long where sources must be fetched or written out first, or others are made before it.
+    pub async fn open(self: &Arc<Self>, opening: &Arc<Opening>) -> Result<Opened> {
         let (release, i, form) = match &self.kind {
             Kind::Bytes(bytes) => return Ok(Opened::Bytes(bytes.clone())),
             Kind::Artifact { release, artifact, form } => (release, *artifact, *form),
@@ -283,31 +320,31 @@ impl Entry {
             Tier::Published => artifact.published != artifact.output || artifact.map.is_some(),
             Tier::Uncompressed => artifact.map.is_some(),
         };
-        let live = || -> Result<Opened> {
-            let view = release.view(i, cache).with_context(|| format!("artifact {}", artifact.label()));
-            let view = view.inspect_err(|_| metrics.upstream_errors.add(1))?;
+        let live = async || -> Result<Opened> {
+            let view = release.view(i, opening).await;
+            let view = view.with_context(|| format!("artifact {}", artifact.label()));
+            let view = view.inspect_err(|_| opening.metrics.upstream_errors.add(1))?;
             Ok(Opened::Content(Content::Live(view, self.file.blob.sha256)))
         };
         // A whole fleet boots from the live media: they are checked once, and not by everyone.
         if !encoded && artifact.disk().is_some() {
-            return live();
+            return live().await;
         }
-        let (own, of_job) = (release.clone(), cache.clone());
-        let made = cache.get(self.file.blob.sha256, &self.file.name, self.file.blob.size, move |out| {
-            let artifact = &own.artifacts()[i];
-            own.write_out_bases(artifact, &of_job)?;
+        let (own, shared) = (release.clone(), opening.clone());
+        let prepare = async move { own.write_out_bases(i, &shared).await };
+        let own = release.clone();
+        let make = move |out: &mut dyn Output| {
             let _alone = own.making.lock().unwrap_or_else(PoisonError::into_inner);
-            own.rehydrator.write(
-                artifact,
-                form,
-                Check::Quick,
-                &Progress::new(crate::progress::Mode::None),
-                out,
-            )
-        });
-        match made {
-            Ok(made) => Ok(Opened::Content(Content::Made(made))),
-            Err(_) if !encoded => live(),
+            let progress = Progress::new(crate::progress::Mode::None);
+            own.rehydrator.write(&own.artifacts()[i], form, Check::Quick, &progress, out)
+        };
+        let NamedFile { name, blob } = &self.file;
+        match opening.cache.get(blob.sha256, name, blob.size, prepare, make) {
+            Ok(made) => {
+                made.begun(opening.patience).await?;
+                Ok(Opened::Content(Content::Made(made)))
+            }
+            Err(_) if !encoded => live().await,
             Err(e) => Err(e),
         }
     }

@@ -1,6 +1,7 @@
 //! `serve` as clients use it: curl and gpg for the files of a release, browsers, iPXE, monitors; and as the network treats it.
 
 mod boot;
+mod clients;
 mod load;
 
 use std::fs;

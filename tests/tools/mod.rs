@@ -3,6 +3,7 @@
 
 pub mod example;
 pub mod fixture;
+pub mod hostile;
 pub mod registry;
 pub mod release;
 pub mod serve;

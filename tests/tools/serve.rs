@@ -84,6 +84,11 @@ impl Serve {
     pub fn peak(&self) -> u64 {
         self.serving.peak()
     }
+
+    /// The memory that it has in use now, in MiB.
+    pub fn memory(&self) -> u64 {
+        self.serving.memory()
+    }
 }
 
 /// The files that the document of a stream names: the path of each, its digest, and whether it is signed; and the

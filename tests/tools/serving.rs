@@ -41,9 +41,18 @@ impl Serving {
 
     /// The most memory that it has had in use, in MiB.
     pub fn peak(&self) -> u64 {
+        self.status("VmHWM:")
+    }
+
+    /// The memory that it has in use now, in MiB.
+    pub fn memory(&self) -> u64 {
+        self.status("VmRSS:")
+    }
+
+    fn status(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
-        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+        let size = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+        size.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
     }
 
     /// Ends it, and gives what it said.

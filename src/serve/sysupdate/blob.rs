@@ -2,10 +2,11 @@
 //!
 //! What is sent whole is checked on the way: the last piece is kept back until the digest is known to be right. If it is
 //! not, the answer breaks off short of its length, and no client takes it for the file.
+//!
+//! Of each download at most three pieces are in memory: one that is being sent, one that waits, and the last one read.
 
 use std::io::{self, Read};
 use std::ops::Range;
-use std::time::Duration;
 
 use anyhow::Result;
 use axum::body::Body;
@@ -13,30 +14,27 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream;
-use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 
 use crate::digest::Digest;
 use crate::registry::{Client, Reference};
 
+use super::super::clients::Place;
 use super::super::http::{File, say};
 
 /// Bytes of a piece.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = 32 << 10;
 
 /// Pieces that wait for a client.
-const AHEAD: usize = 2;
+const AHEAD: usize = 1;
 
-/// Time after which a client that takes nothing is given up.
-const STALL: Duration = Duration::from_secs(60);
-
-/// Answers with the blob `digest`, which has `size` bytes. `permit` is kept until all is sent.
+/// Answers with the blob `digest`, which has `size` bytes. `place` is kept until all is sent.
 pub(super) async fn answer(
     client: &Client,
     repository: &Reference,
     (digest, size): (Digest, u64),
     (method, headers): (&Method, &HeaderMap),
-    permit: OwnedSemaphorePermit,
+    place: Place,
 ) -> Response {
     let file = File { name: None, media_type: "application/octet-stream", size, digest };
     let wanted = file.wanted(method, headers);
@@ -46,14 +44,14 @@ pub(super) async fn answer(
     let (to, mut pieces) = mpsc::channel(AHEAD);
     let (client, repository) = (client.clone(), repository.clone());
     tokio::task::spawn_blocking(move || {
-        let _permit = permit;
+        let _place = place;
         let open = || match (start, end) {
             (0, end) if end == size => client.blob(&repository, digest, size),
             _ => client.blob_range(&repository, digest, start, end - start),
         };
         if let Err(e) = open().and_then(|mut reader| feed(&mut reader, &to)) {
             tracing::error!("{}@{}: {e:#}", repository.name(), digest.oci());
-            let _ = send(&to, Err(io::ErrorKind::BrokenPipe.into()));
+            let _ = to.blocking_send(Err(io::ErrorKind::BrokenPipe.into()));
         }
     });
     // A registry that does not have it, or something else, is found out before anything is promised.
@@ -80,8 +78,9 @@ fn feed(reader: &mut dyn Read, to: &mpsc::Sender<io::Result<Bytes>>) -> Result<(
         let mut piece = Vec::with_capacity(PIECE);
         let read = reader.take(PIECE as u64).read_to_end(&mut piece)?;
         if let Some(held) = held.take()
-            && !send(to, Ok(held))
+            && to.blocking_send(Ok(held)).is_err()
         {
+            // The client is gone, or was cut off because it takes nothing.
             return Ok(());
         }
         if read == 0 {
@@ -89,10 +88,4 @@ fn feed(reader: &mut dyn Read, to: &mpsc::Sender<io::Result<Bytes>>) -> Result<(
         }
         held = Some(Bytes::from(piece));
     }
-}
-
-/// False when nobody takes it.
-fn send(to: &mpsc::Sender<io::Result<Bytes>>, piece: io::Result<Bytes>) -> bool {
-    let sent = Handle::current().block_on(tokio::time::timeout(STALL, to.send(piece)));
-    matches!(sent, Ok(Ok(())))
 }

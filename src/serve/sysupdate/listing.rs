@@ -100,6 +100,8 @@ pub(super) enum Refusal {
     Silent,
     /// The registry answers, but not as it should, or with more than the bounds allow.
     Unusable,
+    /// It was not this request's turn to ask the registry, or the registry has not answered yet.
+    Busy,
 }
 
 /// How the list of a repository is signed.

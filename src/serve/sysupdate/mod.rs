@@ -27,13 +27,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use axum::Router;
 use axum::extract::{ConnectInfo, Path, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, LOCATION};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use self::listing::{Asked, Listing, Refusal, Signing, Upstream};
 use self::lookups::Lookups;
@@ -41,6 +41,10 @@ use self::pairs::Half;
 use self::repositories::{Repositories, Repository};
 use self::scope::Scope;
 pub use self::scope::{Key, KeyFile, RepositoryGlob};
+use super::clients::Places;
+use super::flow::Flow;
+use super::http::busy;
+use super::pool::{Busy, Pool};
 use crate::http::Retry;
 use crate::registry::{self, Client, Reference, TRANSPORT};
 
@@ -56,13 +60,16 @@ pub const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a registry is left alone after it did not answer.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// How long a request waits for its turn to ask the registry, and for the answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Somebody waits for the answer: a registry has seconds, not minutes.
 const RETRY: Retry = Retry { attempts: 3, delay: Duration::from_millis(250) };
 
 /// Repositories that exist whose tags are asked for at once.
 const MAX_REFRESHES: usize = 8;
 
-/// Files that are sent at once; each takes a thread.
+/// Files that are sent at once; each takes a thread, and some 100 KiB.
 const MAX_DOWNLOADS: usize = 256;
 
 /// A registry, and what stands before all names of repositories in it.
@@ -116,6 +123,8 @@ pub struct Options {
     pub redirect: bool,
     /// How long tags are taken to be what they were.
     pub ttl: Duration,
+    /// The most downloads of one client at a time; 0 is no limit.
+    pub downloads_per_client: usize,
 }
 
 struct Offer {
@@ -125,15 +134,15 @@ struct Offer {
     redirect: bool,
     ttl: Duration,
     repositories: Repositories,
-    refreshes: Arc<Semaphore>,
+    refreshes: Pool,
     lookups: Lookups,
-    downloads: Arc<Semaphore>,
+    downloads: Arc<Places>,
 }
 
 /// Answers `/REPOSITORY/SHA256SUMS`, `/REPOSITORY/SHA256SUMS.gpg` and `/REPOSITORY/FILE`. Clients are told apart by
 /// `ConnectInfo<SocketAddr>`, where the server gives that.
 pub fn router(options: Options) -> Result<Router> {
-    let Options { registry, client, repositories, keys, redirect, ttl } = options;
+    let Options { registry, client, repositories, keys, redirect, ttl, downloads_per_client } = options;
     let scope = Scope::new(repositories, keys)?;
     let tls_verify = client.tls_verify && !registry.plain;
     let mut client = registry::Options { tls_verify, retry: RETRY, ..client };
@@ -155,9 +164,9 @@ pub fn router(options: Options) -> Result<Router> {
         redirect,
         ttl,
         repositories: Repositories::default(),
-        refreshes: Arc::new(Semaphore::new(MAX_REFRESHES)),
+        refreshes: Pool::new(MAX_REFRESHES, Some(PATIENCE)),
         lookups: Lookups::default(),
-        downloads: Arc::new(Semaphore::new(MAX_DOWNLOADS)),
+        downloads: Places::new(MAX_DOWNLOADS, downloads_per_client),
     };
     Ok(Router::new().route("/{*path}", get(answer)).with_state(Arc::new(offer)))
 }
@@ -176,7 +185,7 @@ async fn answer(State(offer): State<Arc<Offer>>, Path(path): Path<String>, reque
     };
     let listing = match offer.listing(&repository, &request).await {
         Ok(listing) => listing,
-        Err(response) => return response,
+        Err(refusal) => return refused(refusal),
     };
     let listing = match request.method.as_str() {
         "HEAD" => listing,
@@ -201,34 +210,40 @@ impl Offer {
         self.repositories.get(name, make)
     }
 
-    /// The listing of a repository as it is, or was not long ago; or the answer if there is none. Requests that wait while the
-    /// registry is asked get what it says to the next one.
+    /// The listing of a repository as it is, or was not long ago. Requests that wait while the registry is asked get what it
+    /// says to the next one.
     async fn listing(
         self: &Arc<Self>,
         repository: &Arc<Repository>,
         request: &Parts,
-    ) -> Result<Arc<Listing>, Response> {
+    ) -> Result<Arc<Listing>, Refusal> {
+        timeout(PATIENCE, self.listed(repository, request)).await.unwrap_or(Err(Refusal::Busy))
+    }
+
+    async fn listed(
+        self: &Arc<Self>,
+        repository: &Arc<Repository>,
+        request: &Parts,
+    ) -> Result<Arc<Listing>, Refusal> {
         let arrived = Instant::now();
         let mut state = repository.state.clone().lock_owned().await;
         let is_fresh = |asked: &&Asked| {
             let lifetime = match asked.found {
                 // What does not exist, or is of no use, is remembered as long as what does.
                 Ok(_) | Err(Refusal::Unknown | Refusal::Unusable) => self.ttl,
-                Err(Refusal::Silent) => self.ttl.min(PAUSE),
+                Err(Refusal::Silent | Refusal::Busy) => self.ttl.min(PAUSE),
             };
             asked.began >= arrived || asked.ended.elapsed() < lifetime
         };
         if let Some(asked) = state.asked.as_ref().filter(is_fresh) {
-            return asked.found.clone().map_err(refused);
+            return asked.found.clone();
         }
-        let (turn, permit) = match repository.exists() {
-            true => (None, self.refreshes.clone().acquire_owned().await.ok()),
-            false => (Some(self.lookups.turn(address_of(request)).await.ok_or_else(busy)?), None),
+        let turn = match repository.exists() {
+            true => None,
+            false => Some(self.lookups.turn(address_of(request)).await.ok_or(Refusal::Busy)?),
         };
         let (offer, repository) = (self.clone(), repository.clone());
-        let refreshed = tokio::task::spawn_blocking(move || {
-            // Until the registry has answered, even if the client has gone.
-            let _held = (turn, permit);
+        let mut refresh = move || {
             let signing = repository
                 .key
                 .map(|key| Signing { signer: offer.scope.signer(key), is_own: offer.scope.is_own(key) });
@@ -245,8 +260,22 @@ impl Offer {
                 offer.warn_of_confusable(&repository);
             }
             found
-        });
-        refreshed.await.ok().flatten().unwrap_or(Err(Refusal::Silent)).map_err(refused)
+        };
+        // Each goes on until the registry has answered, even if the client has gone.
+        let refreshed = match turn {
+            None => self.refreshes.run(refresh).await,
+            Some(turn) => {
+                let lookup = tokio::task::spawn_blocking(move || {
+                    let _turn = turn;
+                    refresh()
+                });
+                lookup.await.map_err(Into::into)
+            }
+        };
+        match refreshed {
+            Err(e) if e.is::<Busy>() => Err(Refusal::Busy),
+            refreshed => refreshed.ok().flatten().unwrap_or(Err(Refusal::Silent)),
+        }
     }
 
     /// Says in the log when a signed list could be given out as that of another repository.
@@ -277,20 +306,25 @@ impl Offer {
                     Some(file) => *file,
                     None => return refused(Refusal::Unknown),
                 },
-                Err(response) => return response,
+                Err(refusal) => return refused(refusal),
             },
         };
         if self.redirect {
             let (client, reference) = (self.upstream.client.clone(), repository.reference.clone());
             let location = move || client.blob_location(&reference, file.0);
-            return match tokio::task::spawn_blocking(location).await {
+            return match self.refreshes.run(location).await {
                 Ok(Ok(url)) => (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, url)]).into_response(),
+                Err(e) if e.is::<Busy>() => refused(Refusal::Busy),
                 _ => refused(Refusal::Silent),
             };
         }
-        let Ok(permit) = self.downloads.clone().try_acquire_owned() else { return busy() };
+        let Some(flow) = Flow::of(&request.extensions) else { return refused(Refusal::Unknown) };
+        let place = match flow.enter(&self.downloads) {
+            Ok(place) => place,
+            Err(e) => return busy(format!("downloads: {e}")),
+        };
         let asked = (&request.method, &request.headers);
-        blob::answer(&self.upstream.client, &repository.reference, file, asked, permit).await
+        blob::answer(&self.upstream.client, &repository.reference, file, asked, place).await
     }
 }
 
@@ -311,12 +345,9 @@ fn address_of(request: &Parts) -> Option<IpAddr> {
     request.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip())
 }
 
-fn busy() -> Response {
-    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "5")]).into_response()
-}
-
 fn refused(refusal: Refusal) -> Response {
     match refusal {
+        Refusal::Busy => busy("the registry takes long to answer; retry later"),
         Refusal::Unknown => (StatusCode::NOT_FOUND, "not found\n").into_response(),
         Refusal::Silent | Refusal::Unusable => {
             (StatusCode::BAD_GATEWAY, "the registry does not answer as it should\n").into_response()
