@@ -14,8 +14,8 @@ use crate::digest::{Blake3, Digest};
 /// The format this program writes. It reads this one and all before it.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB. Parsed, an index
-/// takes some eight times its length in memory.
+/// The longest `index.json` that is read, in bytes. A release of four architectures needs about 200 KB; parsed, an index
+/// takes a multiple of its length in memory.
 pub const MAX_INDEX: u64 = 8 << 20;
 
 /// The most artifacts. A release of four architectures has about a hundred.

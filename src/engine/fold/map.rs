@@ -63,7 +63,7 @@ pub(super) const MAX_SMALL: u64 = 4 << 20;
 pub(super) const MAX_PIECE: u64 = 32 << 20;
 
 /// A piece has at least so many bytes of the stream, or four times as many plain ones, but for one of them: each is made on
-/// its own, which takes a tenth of a millisecond however short it is. Those that are written have sixteen times as many.
+/// its own, with tables that are set up for it however short it is. Those that are written have sixteen times as many.
 const MIN_PIECE: u64 = 64 << 10;
 
 const VERSION: u8 = 2;
