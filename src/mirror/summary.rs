@@ -8,6 +8,7 @@ use anyhow::Result;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
+use crate::terminal::plain;
 use crate::workdir::write_file;
 
 use super::plan::{Problem, Skipped};
@@ -75,10 +76,10 @@ impl Summary {
             writeln!(out, "image {image} {digest}, {}", if *new { "new" } else { "kept" })?;
         }
         for skipped in &self.skipped {
-            writeln!(out, "skipped {}: {}", skipped.what, skipped.why)?;
+            writeln!(out, "skipped {}: {}", plain(&skipped.what), plain(&skipped.why))?;
         }
         for failure in &self.failed {
-            writeln!(out, "failed {}: {}", failure.what, failure.error)?;
+            writeln!(out, "failed {}: {}", plain(&failure.what), plain(&failure.error))?;
         }
         writeln!(
             out,

@@ -20,7 +20,6 @@ use super::content::Content;
 use super::metrics::Metrics;
 use crate::catalog::{Catalog, SIGNATURE};
 use crate::mirror::release::{relocate, version_of};
-use crate::mirror::version::{check_name, compare};
 use crate::produce::Check;
 use crate::progress::Progress;
 use crate::recipe::{Artifact, NamedFile, Tier};
@@ -28,6 +27,7 @@ use crate::rehydrate::Rehydrator;
 use crate::source::Source;
 use crate::store::{STREAM, STREAM_SIGNATURE, Store};
 use crate::stream::Stream;
+use crate::version::{check_name, compare};
 
 /// A file that is offered.
 pub struct Entry {
