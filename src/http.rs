@@ -227,6 +227,12 @@ pub struct Attempts {
 impl Attempts {
     /// An attempt failed: waits until it is time for the next one, or says why there is none.
     pub fn failed(&mut self, failure: Failure) -> Result<(), HttpError> {
+        std::thread::sleep(self.wait_after(failure)?);
+        Ok(())
+    }
+
+    /// How long to wait after an attempt that failed.
+    fn wait_after(&mut self, failure: Failure) -> Result<Duration, HttpError> {
         let (why, after, got) = match failure {
             Failure::Final(e) => return Err(e),
             Failure::Again { why, after, got } => (why, after, got),
@@ -246,8 +252,7 @@ impl Attempts {
             return Err(HttpError::Wait { request: request(), wait: self.asked });
         }
         tracing::info!("{}: {why}; trying again in {:.1} s", self.request, wait.as_secs_f64());
-        std::thread::sleep(wait);
-        Ok(())
+        Ok(wait)
     }
 }
 
@@ -776,4 +781,24 @@ fn untrusted(e: &(dyn std::error::Error + 'static)) -> bool {
     let inner = e.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
     let tls = e.downcast_ref::<rustls::Error>().or_else(|| inner?.downcast_ref());
     matches!(tls, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::InvalidMessage(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_may_not_ask_to_wait_again_and_again() {
+        let retry = Retry { attempts: 100, delay: Duration::ZERO };
+        let mut attempts = Attempts { retry, request: "GET x".into(), failed: 0, asked: Duration::ZERO };
+        let busy = |got| Failure::Again { why: "503".into(), after: Some(Duration::from_secs(400)), got };
+        for _ in 0..2 {
+            assert_eq!(attempts.wait_after(busy(0)).unwrap().as_secs(), 400);
+        }
+        // One that sends something in between may.
+        assert_eq!(attempts.wait_after(busy(WORTHWHILE)).unwrap().as_secs(), 400);
+        attempts.wait_after(busy(0)).unwrap();
+        let error = attempts.wait_after(busy(0)).unwrap_err();
+        assert_eq!(error.to_string(), "GET x: the server asks to wait for 1200 s");
+    }
 }

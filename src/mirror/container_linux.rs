@@ -138,11 +138,11 @@ fn files(
 ) -> Result<Vec<Wanted>> {
     let dir = plan.dir(version);
     let base = base.join(&format!("{version}/"))?;
+    let index = index(&base, http)?;
     let text = base.join(VERSION_TXT)?;
     signed_document(&plan.keys, text.as_str(), &dest.join(&dir).join(VERSION_TXT), MAX_VERSION_TXT, http)
         .and_then(|text| check_version(&text, version))
-        .with_context(|| text.to_string())?;
-    let index = index(&base, http)?;
+        .context(VERSION_TXT)?;
     for (link, why) in index.refused {
         plan.skip(format!("{base}: {link}"), format!("the link {why}"));
     }

@@ -268,7 +268,10 @@ fn no_room() {
     let site = Site::new();
     site.release("stable", "1.0.0", &[("image", b"image")]);
     let mut files = std::collections::HashMap::new();
-    files.insert("stable/amd64-usr/current/version.txt".into(), b"FLATCAR_VERSION_ID=1.0.0\n".to_vec());
+    let names = ["current/version.txt", "1.0.0/version.txt", "1.0.0/version.txt.sig"];
+    for name in names.map(|name| format!("stable/amd64-usr/{name}")) {
+        files.insert(name.clone(), fs::read(site.www(&name)).unwrap());
+    }
     files.insert(format!("{DIR}/"), b"<a href=image.sig>".to_vec());
     let server = Server::new(move |request, _| match request.method.as_str() {
         "HEAD" => {

@@ -270,7 +270,9 @@ fn without_signatures_only_when_told_so() {
     let site = Site::new();
     let nginx = Nginx::serve(&site.www(""));
     let archs = release(&site, &nginx, "9.6.20260101-0", false);
-    site.put("streams/rhcos.json", document("9.6.20260101-0", &archs).to_string().as_bytes());
+    let mut document = document("9.6.20260101-0", &archs);
+    document["stream"] = json!("rhcos");
+    site.put("streams/rhcos.json", document.to_string().as_bytes());
     let mut source = json!({"type": "stream", "streams": ["rhcos"], "url": format!("{}/streams/{{stream}}.json", nginx.url)});
     site.config(&json!({"sources": [source.clone()]}));
     let failed = site.mirror(&[]).failed();

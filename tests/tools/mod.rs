@@ -29,6 +29,11 @@ impl Gpg {
         Self(tempfile::Builder::new().prefix("gpg").tempdir().unwrap())
     }
 
+    /// The directory, as $GNUPGHOME has it.
+    pub fn home(&self) -> &Path {
+        self.0.path()
+    }
+
     /// Runs gpg as if it were `time`, and gives what it prints.
     pub fn run(&self, time: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
         let mut gpg = Command::new("gpg");
@@ -191,8 +196,8 @@ pub struct Request {
     pub from: Option<usize>,
 }
 
-/// What to do with the n-th request of a method for a name: bytes to send before the connection is closed.
-pub type Answer = dyn Fn(&Request, usize) -> Vec<u8> + Send + Sync;
+/// What to do with the n-th request of a method for a name, before the connection is closed.
+pub type Answer = dyn Fn(&Request, usize, &mut TcpStream) + Send + Sync;
 
 pub struct Server {
     pub url: String,
@@ -200,8 +205,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves until the test ends. HEAD is answered with 405, unless `answer` sees to it.
+    /// Serves until the test ends: the n-th request of a method for a name gets the bytes that `answer` gives. HEAD is
+    /// answered with 405, unless `answer` sees to it.
     pub fn new(answer: impl Fn(&Request, usize) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self::streaming(move |request, n, to| {
+            // Who asked may have gone.
+            let _ = to.write_all(&answer(request, n));
+        })
+    }
+
+    /// The same, with an answer that takes its time.
+    pub fn streaming(answer: impl Fn(&Request, usize, &mut TcpStream) + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -242,8 +256,7 @@ fn serve(mut stream: TcpStream, answer: &Answer, log: &Mutex<Vec<Request>>) {
         log.push(request.clone());
         log.iter().filter(|r| r.method == request.method && r.name == request.name).count() - 1
     };
-    // Who asked may have gone.
-    let _ = stream.write_all(&answer(&request, n));
+    answer(&request, n, &mut stream);
 }
 
 pub fn answer(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
