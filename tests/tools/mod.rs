@@ -52,7 +52,12 @@ impl Gpg {
 
     /// Makes a key and gives its fingerprint.
     pub fn key(&self, time: &str, name: &str, expires: &str) -> String {
-        self.run(time, &["--quick-generate-key", name, "ed25519", "sign", expires], b"");
+        self.key_of("ed25519", time, name, expires)
+    }
+
+    /// The same, of an algorithm.
+    pub fn key_of(&self, algorithm: &str, time: &str, name: &str, expires: &str) -> String {
+        self.run(time, &["--quick-generate-key", name, algorithm, "sign", expires], b"");
         let list =
             String::from_utf8(self.run(time, &["--with-colons", "--list-keys", &format!("={name}")], b""));
         let list = list.unwrap();

@@ -132,6 +132,12 @@ struct Repository {
 /// `ConnectInfo<SocketAddr>`, where the server gives that.
 pub fn router(options: Options) -> Result<Router> {
     let Options { registry, client, signer, redirect, ttl } = options;
+    if signer.as_ref().is_some_and(Signer::is_rsa) {
+        tracing::warn!(
+            "--sign-key: an RSA key: how long a signature takes depends on the key, and clients can measure it \
+             (RUSTSEC-2023-0071): an Ed25519 key is safe"
+        );
+    }
     let tls_verify = client.tls_verify && !registry.plain;
     let offer = Offer {
         registry,
