@@ -44,8 +44,12 @@ impl Gpg {
         }
         let piped = gpg.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = piped.spawn().expect("gpg is needed: install gpg");
-        child.stdin.take().unwrap().write_all(input).unwrap();
-        let output = child.wait_with_output().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        // It writes before it has read everything.
+        let output = std::thread::scope(|scope| {
+            scope.spawn(move || stdin.write_all(input).unwrap());
+            child.wait_with_output().unwrap()
+        });
         assert!(output.status.success(), "gpg {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         output.stdout
     }
