@@ -9,6 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::digest::Digest;
 use crate::stream::{Artifact, Stream};
 
+/// The most artifacts of a stream. Today's have some 70; each is a few requests to a server.
+const MAX_ITEMS: usize = 10_000;
+
 /// What is added to the name of an artifact for the files beside it. No artifact may be named like that.
 const RESERVED: [&str; 3] = [SIGNATURE, PARTIAL, ETAG];
 
@@ -76,6 +79,7 @@ impl Catalog {
                                 Ok(item)
                             })
                             .with_context(|| format!("artifact {arch} {}", label(platform, format, file)))?;
+                        ensure!(items.len() < MAX_ITEMS, "more than {MAX_ITEMS} artifacts");
                         items.push(item);
                     }
                 }

@@ -87,6 +87,8 @@ pub enum Build {
         workdir: Workdir,
         #[command(flatten)]
         stream: StreamArgs,
+        #[command(flatten)]
+        downgrade: Downgrade,
     },
     /// Download what the stream metadata names, resumable, verified
     Download {
@@ -118,6 +120,8 @@ pub enum Build {
         #[command(flatten)]
         stream: StreamArgs,
         #[command(flatten)]
+        downgrade: Downgrade,
+        #[command(flatten)]
         download: DownloadArgs,
         #[command(flatten)]
         dehydrate: DehydrateArgs,
@@ -145,6 +149,22 @@ pub struct StreamArgs {
     pub stream_file: Option<PathBuf>,
 }
 
+/// Whether what is here may be replaced by less.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Downgrade {
+    /// Take an older release, or an unsigned document, from a server where a newer or a signed one is here already
+    #[arg(long)]
+    pub allow_downgrade: bool,
+}
+
+/// How much may be downloaded.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct MaxDownload {
+    /// The most bytes to download in one run, all files together, attempts that fail included
+    #[arg(long, value_parser = parse_size, default_value = "1T", value_name = "SIZE")]
+    pub max_download: u64,
+}
+
 /// Options of `build download`.
 #[derive(Clone, Debug, Args)]
 pub struct DownloadArgs {
@@ -161,6 +181,9 @@ pub struct DownloadArgs {
     /// How many files to download at once
     #[arg(long, default_value_t = 4, value_name = "N")]
     pub parallel: usize,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub limit: MaxDownload,
 }
 
 /// Options of `build dehydrate`.
@@ -628,6 +651,12 @@ pub struct MirrorReleases {
     /// Wait for another process that changes the mirror
     #[arg(long)]
     pub wait: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub downgrade: Downgrade,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "flattened")]
+    pub limit: MaxDownload,
     /// Print the summary as JSON
     #[arg(long)]
     pub json: bool,

@@ -196,7 +196,7 @@ impl Job<'_> {
     fn signature(&self, item: &Item) -> Result<Option<Vec<u8>>> {
         let signature = match &item.signature {
             None => None,
-            Some(url) => match fetch::signature(self.http, url) {
+            Some(url) => match self.http.find(url, MAX_SIGNATURE) {
                 Ok(signature) => signature,
                 Err(e) if self.keys.is_none() => {
                     tracing::warn!("artifact {}: goes without its signature: {e}", item.name);

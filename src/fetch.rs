@@ -12,8 +12,7 @@ use indicatif::HumanBytes;
 use rayon::prelude::*;
 
 use crate::catalog::{ETAG, PARTIAL, SIGNATURE};
-use crate::http::{Http, HttpError};
-use crate::openpgp::MAX_SIGNATURE;
+use crate::http::Http;
 use crate::progress::Task;
 
 /// The most downloads at once: more only makes a server angry.
@@ -101,15 +100,6 @@ pub fn write_through(temporary: &Path, path: &Path, bytes: &[u8]) -> Result<()> 
     };
     write().with_context(|| format!("{}: write failed", path.display()))?;
     sync_dir(path.parent().unwrap_or(Path::new(".")))
-}
-
-/// The signature at `url`; none where the server has none.
-pub fn signature(http: &Http, url: &str) -> Result<Option<Vec<u8>>, HttpError> {
-    match http.get(url, MAX_SIGNATURE) {
-        Ok(signature) => Ok(Some(signature)),
-        Err(HttpError::Status { .. }) => Ok(None),
-        Err(e) => Err(e),
-    }
 }
 
 /// `path` with `suffix` added to its name.

@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -32,11 +33,22 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest that is waited between two attempts when the server does not say how long.
 const MAX_DELAY: Duration = Duration::from_secs(60);
 
-/// The longest that a server may ask to wait. One that asks for more is not going to help soon.
+/// The longest that a server may ask to wait, all attempts together. One that asks for more is not going to help soon.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(15 * 60);
 
-/// An attempt that brought this many bytes is no failure in a row: the counting of attempts starts again.
+/// An attempt that brought this many bytes more than all before it is no failure in a row: the counting of attempts
+/// starts again.
 const WORTHWHILE: u64 = 1 << 20;
+
+/// The lowest rate of a body, in bytes a second: dnf's `minrate`. A server that sends a byte a minute never stalls, and
+/// never ends.
+const LOWEST_RATE: u64 = 1000;
+
+/// How long a body may come at less than [`LOWEST_RATE`].
+pub const SLOW_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The longest file that is downloaded, in bytes. Published files have a few GB; object stores take no more than 5 TB.
+pub const MAX_FILE: u64 = 64 << 30;
 
 /// The longest `ETag` that is kept, in bytes.
 const MAX_ETAG: usize = 1024;
@@ -92,13 +104,15 @@ pub struct Settings {
     pub retry: Retry,
     /// Time without a single byte of an answer after which a request counts as failed. Sending the body is part of it.
     pub stall: Duration,
+    /// Time at less than 1000 bytes a second after which an answer counts as failed.
+    pub slow: Duration,
     /// Whom it trusts.
     pub tls: Tls,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { retry: Retry::default(), stall: STALL_TIMEOUT, tls: Tls::default() }
+        Self { retry: Retry::default(), stall: STALL_TIMEOUT, slow: SLOW_TIMEOUT, tls: Tls::default() }
     }
 }
 
@@ -141,6 +155,14 @@ pub enum HttpError {
         /// In bytes.
         limit: u64,
     },
+    /// All files together are longer than they may be.
+    #[error("{request}: more than {limit} bytes in all: --max-download allows more")]
+    TooMuch {
+        /// What was asked for.
+        request: String,
+        /// In bytes.
+        limit: u64,
+    },
     /// Not a URL, or too many redirects, or one from https to http.
     #[error("{request}: {why}")]
     Request {
@@ -171,7 +193,7 @@ pub enum Failure {
         why: String,
         /// How long the server asks to wait.
         after: Option<Duration>,
-        /// Bytes that this attempt brought all the same.
+        /// Bytes that this attempt brought all the same, and none before it.
         got: u64,
     },
 }
@@ -198,28 +220,39 @@ pub struct Attempts {
     retry: Retry,
     request: String,
     failed: u32,
+    /// How long the server has asked to wait since it last sent something.
+    asked: Duration,
 }
 
 impl Attempts {
     /// An attempt failed: waits until it is time for the next one, or says why there is none.
     pub fn failed(&mut self, failure: Failure) -> Result<(), HttpError> {
+        std::thread::sleep(self.wait_after(failure)?);
+        Ok(())
+    }
+
+    /// How long to wait after an attempt that failed.
+    fn wait_after(&mut self, failure: Failure) -> Result<Duration, HttpError> {
         let (why, after, got) = match failure {
             Failure::Final(e) => return Err(e),
             Failure::Again { why, after, got } => (why, after, got),
         };
-        self.failed = if got >= WORTHWHILE { 1 } else { self.failed + 1 };
+        self.failed += 1;
+        if got >= WORTHWHILE {
+            (self.failed, self.asked) = (1, Duration::ZERO);
+        }
         let request = || self.request.clone();
         if self.failed >= self.retry.attempts {
             return Err(HttpError::GaveUp { request: request(), attempts: self.failed, last: why });
         }
         let backoff = self.retry.delay.saturating_mul(1 << (self.failed - 1).min(16)).min(MAX_DELAY);
         let wait = after.unwrap_or(backoff);
-        if wait > MAX_RETRY_AFTER {
-            return Err(HttpError::Wait { request: request(), wait });
+        self.asked = self.asked.saturating_add(after.unwrap_or_default());
+        if self.asked > MAX_RETRY_AFTER {
+            return Err(HttpError::Wait { request: request(), wait: self.asked });
         }
         tracing::info!("{}: {why}; trying again in {:.1} s", self.request, wait.as_secs_f64());
-        std::thread::sleep(wait);
-        Ok(())
+        Ok(wait)
     }
 }
 
@@ -229,6 +262,30 @@ pub struct Answer {
     runtime: Handle,
     response: Response,
     got: u64,
+    /// Bytes at the beginning of the body that an earlier attempt has brought already.
+    repeated: u64,
+    pace: Pace,
+}
+
+/// Whether a body comes fast enough. Only the time counts that is spent waiting for it.
+struct Pace {
+    window: Duration,
+    waited: Duration,
+    got: u64,
+}
+
+impl Pace {
+    /// Whether it is still fast enough, `got` bytes and this much waiting later.
+    fn keeps(&mut self, waited: Duration, got: usize) -> bool {
+        self.waited += waited;
+        self.got += got as u64;
+        if self.waited < self.window {
+            return true;
+        }
+        let enough = self.got as f64 >= LOWEST_RATE as f64 * self.waited.as_secs_f64();
+        (self.waited, self.got) = (Duration::ZERO, 0);
+        enough
+    }
 }
 
 impl Answer {
@@ -257,16 +314,35 @@ impl Answer {
         ContentRange::parse(self.header(CONTENT_RANGE)?)
     }
 
+    /// Says that an earlier attempt has brought the first `bytes` of the body already: to get them again is no progress.
+    pub fn repeats(&mut self, bytes: u64) {
+        self.repeated = bytes;
+    }
+
+    /// Bytes that no earlier attempt has brought.
+    fn progress(&self) -> u64 {
+        self.got.saturating_sub(self.repeated)
+    }
+
     /// The next bytes of the body; `None` at its end.
     pub fn chunk(&mut self) -> Result<Option<Bytes>, Failure> {
+        let started = Instant::now();
         let chunk = self.runtime.block_on(async { self.response.chunk().await });
-        let chunk = chunk.map_err(|e| failure(&self.request, &e, self.got))?;
-        self.got += chunk.as_ref().map_or(0, |c| c.len() as u64);
-        Ok(chunk)
+        let Some(chunk) = chunk.map_err(|e| failure(&self.request, &e, self.progress()))? else {
+            return Ok(None);
+        };
+        self.got += chunk.len() as u64;
+        if !self.pace.keeps(started.elapsed(), chunk.len()) {
+            let why = format!("less than {LOWEST_RATE} bytes a second for {} s", self.pace.window.as_secs());
+            return Err(Failure::Again { why, after: None, got: self.progress() });
+        }
+        Ok(Some(chunk))
     }
 
     /// All of the body, which may have at most `limit` bytes.
     pub fn document(mut self, limit: u64) -> Result<Vec<u8>, Failure> {
+        // What a broken attempt brought of it is not kept.
+        self.repeats(u64::MAX);
         let mut bytes = Vec::new();
         while let Some(chunk) = self.chunk()? {
             if (bytes.len() + chunk.len()) as u64 > limit {
@@ -311,7 +387,28 @@ pub struct Http {
     threads: Option<Runtime>,
     client: Client,
     retry: Retry,
+    slow: Duration,
     rate: Option<Rate>,
+    budget: Option<Budget>,
+}
+
+/// How many bytes all files together may have.
+struct Budget {
+    limit: u64,
+    left: AtomicU64,
+}
+
+impl Budget {
+    /// Takes `bytes` from what is left, if there are as many.
+    fn spend(&self, bytes: u64, request: &str) -> Result<(), Failure> {
+        let less = |left: u64| left.checked_sub(bytes);
+        let spent = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        spent.map(drop).map_err(|_| self.exceeded(request))
+    }
+
+    fn exceeded(&self, request: &str) -> Failure {
+        Failure::Final(HttpError::TooMuch { request: request.into(), limit: self.limit })
+    }
 }
 
 /// Holds all transfers of a client together to so many bytes a second.
@@ -391,7 +488,9 @@ impl Http {
             threads: Some(runtime),
             client: client.build().context("cannot start the HTTP client")?,
             retry: settings.retry,
+            slow: settings.slow,
             rate: None,
+            budget: None,
         })
     }
 
@@ -399,6 +498,12 @@ impl Http {
     pub fn with_rate(mut self, bytes_per_second: Option<u64>) -> Self {
         let due = Mutex::new(Instant::now());
         self.rate = bytes_per_second.map(|rate| Rate { per_second: rate.max(1), due });
+        self
+    }
+
+    /// Gets files of no more than this many bytes, all together. What is got in vain counts.
+    pub fn with_max_download(mut self, bytes: u64) -> Self {
+        self.budget = Some(Budget { limit: bytes, left: bytes.into() });
         self
     }
 
@@ -411,6 +516,19 @@ impl Http {
             }
             answer.document(limit)
         })
+    }
+
+    /// Gets a document of at most `limit` bytes that need not exist.
+    pub fn find(&self, url: &str, limit: u64) -> Result<Option<Vec<u8>>, HttpError> {
+        match self.get(url, limit) {
+            Ok(document) => Ok(Some(document)),
+            // An object store that does not let one list answers 403 for what is not there.
+            Err(HttpError::Status {
+                status: StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE,
+                ..
+            }) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// The length of the file at `url`, if the server tells. Asks once.
@@ -428,7 +546,9 @@ impl Http {
     /// True when some of the bytes in `partial` were there before.
     pub fn get_file(&self, url: &str, partial: &Path, etag: &Path, task: &Task) -> Result<bool, HttpError> {
         let mut resumed = true;
-        self.retried(Method::GET, url, || self.attempt(url, partial, etag, task, &mut resumed))?;
+        // The most that was there at any time: a server that begins again and again makes no progress.
+        let mut most = partial.metadata().map_or(0, |m| m.len());
+        self.retried(Method::GET, url, || self.attempt(url, partial, etag, task, &mut resumed, &mut most))?;
         Ok(resumed)
     }
 
@@ -439,6 +559,7 @@ impl Http {
         etag: &Path,
         task: &Task,
         resumed: &mut bool,
+        most: &mut u64,
     ) -> Result<(), Failure> {
         let write_failed =
             |error| Failure::Final(HttpError::Write { path: partial.display().to_string(), error });
@@ -453,11 +574,11 @@ impl Http {
             headers.extend(std::fs::read_to_string(etag).ok().map(|tag| (IF_RANGE, tag)));
         }
         let mut answer = self.send(Method::GET, url, &headers, Body::None)?;
-        match (answer.status(), answer.range()) {
-            (StatusCode::PARTIAL_CONTENT, Some(range)) if have > 0 && range.start == Some(have) => {
-                if let Some(total) = range.total {
-                    task.set_total(total);
-                }
+        let total = match (answer.status(), answer.range()) {
+            (StatusCode::PARTIAL_CONTENT, Some(range))
+                if have > 0 && range.start == Some(have) && range.total.is_none_or(|total| total > have) =>
+            {
+                range.total
             }
             (StatusCode::RANGE_NOT_SATISFIABLE, Some(range)) if have > 0 && range.total == Some(have) => {
                 return Ok(());
@@ -466,25 +587,60 @@ impl Http {
                 have = 0;
                 *resumed = false;
                 start_over(&file, etag, answer.headers()).map_err(write_failed)?;
-                if let Some(total) = answer.response.content_length() {
-                    task.set_total(total);
-                }
+                answer.response.content_length()
             }
             (StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE, _) if have > 0 => {
                 start_over(&file, etag, &HeaderMap::new()).map_err(write_failed)?;
                 return Err(Failure::again(format!("{}: not the range that was asked for", answer.status())));
             }
             _ => return Err(answer.refused()),
+        };
+        if let Some(total) = total {
+            task.set_total(total);
+            self.check_announced(&answer, total, have)?;
         }
         task.restart(have);
+        answer.repeats(most.saturating_sub(have));
+        let limit = total.unwrap_or(MAX_FILE);
         while let Some(chunk) = answer.chunk()? {
+            let len = chunk.len() as u64;
+            if len > limit.saturating_sub(have) {
+                let request = answer.request;
+                return Err(match total {
+                    Some(total) => Failure::again(format!("more than the {total} bytes that it announced")),
+                    None => Failure::Final(HttpError::TooLong { request, limit }),
+                });
+            }
+            if let Some(budget) = &self.budget {
+                budget.spend(len, &answer.request)?;
+            }
             file.write_all(&chunk).map_err(write_failed)?;
-            task.advance(chunk.len() as u64);
+            have += len;
+            *most = have.max(*most);
+            task.advance(len);
             if let Some(rate) = &self.rate {
-                rate.spend(chunk.len() as u64);
+                rate.spend(len);
             }
         }
+        if let Some(total) = total.filter(|&total| total != have) {
+            let why = format!("the answer ended at {have} of {total} bytes");
+            return Err(Failure::Again { why, after: None, got: answer.progress() });
+        }
         Ok(())
+    }
+
+    /// Refuses a file of `total` bytes, of which `have` are here, if that is too long.
+    fn check_announced(&self, answer: &Answer, total: u64, have: u64) -> Result<(), Failure> {
+        if total > MAX_FILE {
+            let request = answer.request.clone();
+            return Err(Failure::Final(HttpError::TooLong { request, limit: MAX_FILE }));
+        }
+        match &self.budget {
+            Some(budget) if total - have > budget.left.load(Ordering::Relaxed) => {
+                Err(budget.exceeded(&answer.request))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sends one request, once. Any answer is one, whatever its status.
@@ -519,12 +675,13 @@ impl Http {
             }
         };
         let response = response.map_err(|e| failure(&name, &e, 0))?;
-        Ok(Answer { request: name, runtime: self.runtime.clone(), response, got: 0 })
+        let pace = Pace { window: self.slow, waited: Duration::ZERO, got: 0 };
+        Ok(Answer { request: name, runtime: self.runtime.clone(), response, got: 0, repeated: 0, pace })
     }
 
     /// Begins to count attempts at what `method` asks of `url`.
     pub fn attempts(&self, method: &Method, url: &str) -> Attempts {
-        Attempts { retry: self.retry, request: format!("{method} {url}"), failed: 0 }
+        Attempts { retry: self.retry, request: format!("{method} {url}"), failed: 0, asked: Duration::ZERO }
     }
 
     /// Attempts something until it works, or does not any more.
@@ -629,4 +786,24 @@ fn untrusted(e: &(dyn std::error::Error + 'static)) -> bool {
     let inner = e.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
     let tls = e.downcast_ref::<rustls::Error>().or_else(|| inner?.downcast_ref());
     matches!(tls, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::InvalidMessage(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_may_not_ask_to_wait_again_and_again() {
+        let retry = Retry { attempts: 100, delay: Duration::ZERO };
+        let mut attempts = Attempts { retry, request: "GET x".into(), failed: 0, asked: Duration::ZERO };
+        let busy = |got| Failure::Again { why: "503".into(), after: Some(Duration::from_secs(400)), got };
+        for _ in 0..2 {
+            assert_eq!(attempts.wait_after(busy(0)).unwrap().as_secs(), 400);
+        }
+        // One that sends something in between may.
+        assert_eq!(attempts.wait_after(busy(WORTHWHILE)).unwrap().as_secs(), 400);
+        attempts.wait_after(busy(0)).unwrap();
+        let error = attempts.wait_after(busy(0)).unwrap_err();
+        assert_eq!(error.to_string(), "GET x: the server asks to wait for 1200 s");
+    }
 }

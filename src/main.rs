@@ -1,5 +1,6 @@
 //! Parses the command line, runs the command, prints what went wrong.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,11 +31,16 @@ use rehydrator::rehydrate::{self, Dest, MIN_MEMORY, Rehydrator, rehydrate};
 use rehydrator::serve::listen::{Limits, TlsFiles};
 use rehydrator::source;
 use rehydrator::store::Store;
+use rehydrator::terminal::{Escaped, escaped};
 use rehydrator::transport;
 use rehydrator::verify::verify;
 use rehydrator::workdir::{Origin, Workdir};
 use rehydrator::{download, memory, mirror, oci, report, serve};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::FmtContext;
+use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
+use tracing_subscriber::registry::LookupSpan;
 
 fn main() -> ExitCode {
     memory::return_large_blocks();
@@ -46,8 +52,7 @@ fn main() -> ExitCode {
         .with_writer(move || stderr.clone())
         .with_ansi(io::stderr().is_terminal())
         .with_env_filter(filter)
-        .without_time()
-        .with_target(false)
+        .event_format(Line)
         .init();
     match run(cli.command, &progress) {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,7 +63,8 @@ fn main() -> ExitCode {
                 .filter_map(|e| e.downcast_ref::<io::Error>())
                 .any(|e| e.kind() == io::ErrorKind::BrokenPipe);
             if !broken_pipe {
-                eprintln!("rehydrator: {e:#}");
+                // There may be nobody to tell.
+                let _ = writeln!(Escaped(io::stderr()), "rehydrator: {e:#}");
             }
             ExitCode::FAILURE
         }
@@ -78,12 +84,45 @@ impl Write for Stderr {
     }
 }
 
+/// A message on a line, behind its level. What it says may come from outside, so that all of it but the color of the level
+/// is escaped.
+struct Line;
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let level = *event.metadata().level();
+        let color = match level {
+            Level::ERROR => "31",
+            Level::WARN => "33",
+            Level::INFO => "32",
+            _ => "34",
+        };
+        match out.has_ansi_escapes() {
+            true => write!(out, "\x1b[{color}m{level:>5}\x1b[0m ")?,
+            false => write!(out, "{level:>5} ")?,
+        }
+        let mut message = String::new();
+        context.format_fields(Writer::new(&mut message), event)?;
+        writeln!(out, "{}", escaped(&message))
+    }
+}
+
 fn run(command: Command, progress: &Progress) -> Result<()> {
-    let mut out = io::stdout().lock();
+    let mut raw = io::stdout().lock();
+    let mut out = Escaped(&mut raw);
     match command {
         Command::Build(build) => run_build(build, progress, &mut out),
         Command::Rehydrate(args) => {
-            drop(out);
+            drop(raw);
             let dest = if args.dest == "-" { Dest::Stdout } else { Dest::Dir(args.dest.into()) };
             let (form, memory) = match args.published {
                 true => (Tier::Published, memory::available() / 2),
@@ -101,7 +140,7 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             };
             rehydrate(&open(&args.data)?, &args.which, &dest, &options, progress)
         }
-        Command::PrintStreamJson(data) => rehydrate::print_stream(&*open(&data)?, &mut out),
+        Command::PrintStreamJson(data) => rehydrate::print_stream(&*open(&data)?, &mut raw),
         Command::List(args) => report::list(&open(&args.data)?.index, args.json, &mut out),
         Command::Inspect(args) => run_inspect(&args, &mut out),
         Command::Verify(args) => {
@@ -146,15 +185,15 @@ fn run(command: Command, progress: &Progress) -> Result<()> {
             Ok(writeln!(out, "{}", digest.oci())?)
         }
         Command::Mirror(mirror) => {
-            drop(out);
+            drop(raw);
             run_mirror(mirror, progress)
         }
         Command::Serve(args) => {
-            drop(out);
+            drop(raw);
             run_serve(*args)
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut out);
+            clap_complete::generate(shell, &mut Cli::command(), "rehydrator", &mut raw);
             Ok(())
         }
         Command::ManPages { dir } => {
@@ -347,7 +386,8 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
             arch: args.arch,
             parallel: args.parallel,
         };
-        download::run(workdir, &options, &Http::new(Retry::default())?, progress).map(drop)
+        let http = Http::new(Retry::default())?.with_max_download(args.limit.max_download);
+        download::run(workdir, &options, &http, progress).map(drop)
     };
     let dehydrate = |workdir: &Workdir,
                      args: cli::DehydrateArgs,
@@ -385,15 +425,17 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
     };
     let dir = |workdir: cli::Workdir| Workdir::new(workdir.workdir);
     match build {
-        Build::Init { workdir, stream } => init(&dir(workdir), stream),
+        Build::Init { workdir, stream, downgrade } => {
+            init(&dir(workdir).allow_downgrade(downgrade.allow_downgrade), stream)
+        }
         Build::Download { workdir, download: args } => download(&dir(workdir), args),
         Build::Dehydrate { workdir, dehydrate: args, registry } => {
             dehydrate(&dir(workdir), args, &registry, out)
         }
         Build::Image { workdir, image: args } => image(&dir(workdir), args, out),
         Build::Clean { workdir } => dir(workdir).clean(),
-        Build::Run { workdir, stream, download: d, dehydrate: mut h, image: i } => {
-            let workdir = dir(workdir);
+        Build::Run { workdir, stream, downgrade, download: d, dehydrate: mut h, image: i } => {
+            let workdir = dir(workdir).allow_downgrade(downgrade.allow_downgrade);
             if h.arch.is_empty() {
                 h.arch.clone_from(&d.arch);
             }
@@ -408,7 +450,7 @@ fn run_build(build: Build, progress: &Progress, out: &mut dyn Write) -> Result<(
 
 fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
     // Not locked: images are told of by the threads that copied them.
-    let out = &mut io::stdout();
+    let out = &mut Escaped(io::stdout());
     match command {
         Mirror::Releases(args) => mirror_releases(*args, progress, out),
         Mirror::Gc { dest, dry_run, wait } => {
@@ -436,7 +478,7 @@ fn run_mirror(command: Mirror, progress: &Progress) -> Result<()> {
             copy::images(&config, &copier, args.dry_run, |image, copied| {
                 // Whoever stopped reading it, still wants the images.
                 let line = copied_line(&image.source, &image.destination, copied);
-                let _ = writeln!(io::stdout(), "{line}");
+                let _ = writeln!(Escaped(io::stdout()), "{line}");
             })
         }
     }
@@ -456,7 +498,7 @@ fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn
     let Some(dest) = args.dest else {
         return Ok(writeln!(out, "{}: good", args.config.display())?);
     };
-    let http = Http::new(Retry::default())?.with_rate(config.rate);
+    let http = Http::new(Retry::default())?.with_rate(config.rate).with_max_download(args.limit.max_download);
     let cli::MirrorDehydrate { workdir, lookaside, dehydrate_how, image_how } = args.images;
     let images = |repository| -> Result<_> {
         Ok(mirror::images::Options {
@@ -472,7 +514,13 @@ fn mirror_releases(args: cli::MirrorReleases, progress: &Progress, out: &mut dyn
         })
     };
     let images = args.dehydrate.map(images).transpose()?;
-    let options = mirror::Options { base_url: args.base_url, verify: args.verify, wait: args.wait, images };
+    let options = mirror::Options {
+        base_url: args.base_url,
+        verify: args.verify,
+        wait: args.wait,
+        allow_downgrade: args.downgrade.allow_downgrade,
+        images,
+    };
     let summary = mirror::run(&config, &dest, &options, &http, progress)?;
     if args.json {
         serde_json::to_writer_pretty(&mut *out, &summary)?;

@@ -9,25 +9,27 @@
 //! neither in the signature nor in what binds a key, and no RSA below 2048 bits. All signed streams have used RSA 4096
 //! and SHA-256 for many years, so that there is no old signature to make an exception for.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use flate2::bufread::{DeflateDecoder, ZlibDecoder};
 use sequoia_openpgp as openpgp;
 
 use openpgp::cert::amalgamation::ValidAmalgamation;
 use openpgp::cert::{Cert, CertParser};
 use openpgp::crypto::KeyPair;
-use openpgp::parse::Parse;
 use openpgp::parse::stream::{
     DetachedVerifierBuilder, MessageLayer, MessageStructure, VerificationError, VerificationHelper,
     VerifierBuilder,
 };
+use openpgp::parse::{PacketParser, PacketParserResult, Parse};
 use openpgp::policy::StandardPolicy;
 use openpgp::serialize::stream::{LiteralWriter, Message};
-use openpgp::types::RevocationStatus;
-use openpgp::{Fingerprint, KeyHandle};
+use openpgp::types::{CompressionAlgorithm, PublicKeyAlgorithm, RevocationStatus};
+use openpgp::{Fingerprint, KeyHandle, Packet};
 
 /// The longest signature that is read, in bytes. One of RSA 4096 has 566.
 pub const MAX_SIGNATURE: u64 = 64 << 10;
@@ -63,10 +65,12 @@ pub enum SignatureError {
 pub struct Keys(BTreeMap<Fingerprint, Cert>);
 
 impl Keys {
-    /// Reads keys from a file, or from all files of a directory but hidden ones.
+    /// Reads keys from a file, or from all files of a directory but hidden ones. A directory may hold text beside keys,
+    /// such as a README, which is skipped; a damaged key is an error, as a file without a key is.
     pub fn read(&mut self, path: &Path) -> Result<()> {
         let mut files = vec![path.to_path_buf()];
-        if path.is_dir() {
+        let dir = path.is_dir();
+        if dir {
             let entries = std::fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
             files = entries
                 .with_context(|| format!("keys {}", path.display()))?
@@ -79,17 +83,18 @@ impl Keys {
             files.sort();
             ensure!(!files.is_empty(), "keys {}: an empty directory", path.display());
         }
+        let mut any = false;
         for file in files {
-            let mut bytes = Vec::new();
-            std::fs::File::open(&file)
-                .and_then(|f| f.take(MAX_KEYS + 1).read_to_end(&mut bytes))
-                .map_err(anyhow::Error::from)
-                .and_then(|_| {
-                    ensure!(bytes.len() as u64 <= MAX_KEYS, "more than {MAX_KEYS} bytes");
-                    self.add(&bytes)
-                })
-                .with_context(|| format!("keys {}", file.display()))?;
+            let at = || format!("keys {}", file.display());
+            let bytes = crate::io::read_limited(&file, MAX_KEYS).with_context(at)?;
+            if dir && is_other_text(&bytes) {
+                tracing::warn!("{}: skipped: no OpenPGP key is in it", at());
+                continue;
+            }
+            self.add(&bytes).with_context(at)?;
+            any = true;
         }
+        ensure!(any, "keys {}: a directory without an OpenPGP key", path.display());
         Ok(())
     }
 
@@ -151,24 +156,69 @@ impl Keys {
 }
 
 impl Keys {
-    /// Gives the content of a signed message that was made by one of these keys.
+    /// Gives the content of a signed message of at most [`MAX_SIGNATURE`] bytes that was made by one of these keys. The
+    /// message may be compressed, as GnuPG makes it. Nothing of it is believed before its end has been read.
     pub fn open(&self, message: &[u8]) -> Result<Vec<u8>, SignatureError> {
-        let policy = StandardPolicy::new();
         let bad = |e: anyhow::Error| match e.downcast::<SignatureError>() {
             Ok(e) => e,
             Err(e) => SignatureError::Bad(format!("not a signed message: {e:#}")),
         };
-        let verifier =
-            VerifierBuilder::from_bytes(message).and_then(|v| v.with_policy(&policy, None, Helper(self)));
+        let message = decompressed(message).map_err(bad)?;
+        let policy = StandardPolicy::new();
+        let mut verifier = VerifierBuilder::from_bytes(&message[..])
+            // The whole message is held until its signature is checked.
+            .map(|v| v.buffer_size(MAX_SIGNATURE as usize))
+            .and_then(|v| v.with_policy(&policy, None, Helper(self)))
+            .map_err(bad)?;
         let mut content = Vec::new();
         verifier
-            .map_err(bad)?
-            .take(MAX_SIGNATURE)
             .read_to_end(&mut content)
             // What the helper says is inside.
             .map_err(|e| e.downcast::<SignatureError>().unwrap_or_else(|e| bad(e.into())))?;
+        if !verifier.message_processed() {
+            return Err(SignatureError::Bad("not a signed message: it does not end".into()));
+        }
         Ok(content)
     }
+}
+
+/// Whether a file beside keys is no key: text without one.
+fn is_other_text(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_ok_and(|text| !text.contains(ARMOR))
+}
+
+/// A message of at most [`MAX_SIGNATURE`] bytes, taken out of the compressed packet that it may be in.
+///
+/// Sequoia is built without compression, so that it decompresses nothing itself: a packet that is compressed any deeper
+/// is refused, and no message becomes longer than this allows.
+fn decompressed(message: &[u8]) -> Result<Cow<'_, [u8]>> {
+    let limit = || format!("more than {MAX_SIGNATURE} bytes");
+    ensure!(message.len() as u64 <= MAX_SIGNATURE, limit());
+    let PacketParserResult::Some(mut packet) = PacketParser::from_bytes(message)? else {
+        bail!("it is empty");
+    };
+    let Packet::CompressedData(compressed) = &packet.packet else { return Ok(message.into()) };
+    let algorithm = compressed.algo();
+    let mut body = Vec::new();
+    packet.read_to_end(&mut body)?;
+    let (_, after) = packet.next()?;
+    ensure!(after.is_eof(), "there is something behind the compressed packet");
+    let mut plain = Vec::new();
+    let rest = match algorithm {
+        CompressionAlgorithm::Zip => inflate(DeflateDecoder::new(&body[..]), &mut plain)?.into_inner(),
+        CompressionAlgorithm::Zlib => inflate(ZlibDecoder::new(&body[..]), &mut plain)?.into_inner(),
+        other => bail!("compressed with {other}: expected ZIP or ZLIB, which gpg uses by default"),
+    };
+    ensure!(plain.len() as u64 <= MAX_SIGNATURE, limit());
+    ensure!(rest.is_empty(), "there is something behind the compressed data");
+    Ok(plain.into())
+}
+
+/// Reads what `from` gives, and one byte more than a message may have at most. Gives `from` back.
+fn inflate<R: Read>(from: R, into: &mut Vec<u8>) -> Result<R> {
+    let mut from = from.take(MAX_SIGNATURE + 1);
+    from.read_to_end(into).context("decompress failed")?;
+    Ok(from.into_inner())
 }
 
 /// A key that signs.
@@ -183,6 +233,13 @@ impl Signer {
         let bytes = crate::io::read_limited(path, MAX_KEYS).with_context(at)?;
         let cert = Cert::from_bytes(&bytes).with_context(at)?;
         Self::pick(&cert, passphrase).with_context(at)
+    }
+
+    /// Whether it is an RSA key. Sequoia's backend computes with those in a time that depends on the key.
+    pub fn is_rsa(&self) -> bool {
+        #[allow(deprecated, reason = "keys for signing alone are still around")]
+        let rsa = [PublicKeyAlgorithm::RSAEncryptSign, PublicKeyAlgorithm::RSASign];
+        rsa.contains(&self.0.public().pk_algo())
     }
 
     fn pick(cert: &Cert, passphrase: Option<&str>) -> Result<Self> {
@@ -235,7 +292,9 @@ impl VerificationHelper for Helper<'_> {
     fn check(&mut self, structure: MessageStructure<'_>) -> openpgp::Result<()> {
         let (mut revoked, mut bad, mut unknown) = (None, None, Vec::new());
         for layer in structure {
-            let MessageLayer::SignatureGroup { results } = layer else { bail!("not a detached signature") };
+            let MessageLayer::SignatureGroup { results } = layer else {
+                bail!("a layer that is no signature")
+            };
             for result in results {
                 match result {
                     Ok(_) => return Ok(()),

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
+use crate::terminal::{Escaped, plain};
+
 /// Time between two lines of plain progress: often enough to see that something moves, rare enough for a log.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
@@ -92,7 +94,7 @@ impl Progress {
         let mut bar = None;
         match &*self.0 {
             Shown::Bars(bars) => {
-                let new = bars.add(ProgressBar::new(0).with_message(state.name.clone()));
+                let new = bars.add(ProgressBar::new(0).with_message(plain(&state.name)));
                 new.set_style(style(total.is_some()));
                 new.enable_steady_tick(Duration::from_millis(200));
                 if let Some(total) = total {
@@ -175,7 +177,7 @@ impl Drop for Task {
                     (true, false) => self.state.json("abort"),
                     (false, true) => line(&format!(
                         "{}: done, {} in {:.1} s",
-                        self.state.name,
+                        plain(&self.state.name),
                         HumanBytes(self.state.done.load(Ordering::Relaxed)),
                         self.state.started.elapsed().as_secs_f64()
                     )),
@@ -211,13 +213,13 @@ impl State {
     }
 
     fn text(&self) -> String {
-        let done = self.done.load(Ordering::Relaxed);
+        let (name, done) = (plain(&self.name), self.done.load(Ordering::Relaxed));
         match self.total() {
             Some(total) if total > 0 => {
                 let percent = u128::from(done) * 100 / u128::from(total);
-                format!("{} {percent} % of {}", self.name, HumanBytes(total))
+                format!("{name} {percent} % of {}", HumanBytes(total))
             }
-            _ => format!("{} {}", self.name, HumanBytes(done)),
+            _ => format!("{name} {}", HumanBytes(done)),
         }
     }
 
@@ -252,7 +254,7 @@ fn style(total: bool) -> ProgressStyle {
 
 /// One line in one write, so that lines of several threads do not mix. `eprintln!` would panic when stderr is gone.
 fn line(text: &str) {
-    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
+    let _ = Escaped(io::stderr()).write_all(format!("{text}\n").as_bytes());
 }
 
 /// Progress goes on when a thread that reported it has panicked.

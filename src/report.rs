@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use anyhow::Result;
 
 use crate::recipe::{Artifact, Index};
+use crate::terminal::plain;
 
 /// Prints what dehydrating made of each artifact, and the totals.
 pub fn dehydrated(index: &Index, out: &mut dyn Write) -> Result<()> {
@@ -18,14 +19,14 @@ pub fn dehydrated(index: &Index, out: &mut dyn Write) -> Result<()> {
         line(out, &name(index, a), &bytes(size), &bytes(a.stored), &ratio(a.stored, size), &tier(a))?;
     }
     for u in &index.unhandled {
-        line(out, &u.name, "", "", "", &format!("unhandled: {}", u.reason))?;
+        line(out, &plain(&u.name), "", "", "", &format!("unhandled: {}", plain(&u.reason)))?;
     }
     let published = index.artifacts.iter().map(|a| a.published.blob.size).sum();
     let stored = index.blobs().iter().map(|b| b.size).sum();
     line(out, "total", &bytes(published), &bytes(stored), &ratio(stored, published), "")?;
     for previous in &index.previous {
         let size = bytes(previous.file.blob.size);
-        writeln!(out, "built on {} of an earlier release, {size} of the total", previous.file.name)?;
+        writeln!(out, "built on {} of an earlier release, {size} of the total", plain(&previous.file.name))?;
     }
     Ok(())
 }
@@ -36,23 +37,21 @@ pub fn list(index: &Index, json: bool, out: &mut dyn Write) -> Result<()> {
         serde_json::to_writer_pretty(&mut *out, &index.artifacts)?;
         return Ok(writeln!(out)?);
     }
-    let widths = index.artifacts.iter().fold([4, 8, 6, 4], |w, a| {
-        [
-            w[0].max(a.arch.len()),
-            w[1].max(a.platform.len()),
-            w[2].max(a.format.len()),
-            w[3].max(a.output.name.len()),
-        ]
-    });
-    let [arch, platform, format, name] = widths;
+    let rows: Vec<_> = index
+        .artifacts
+        .iter()
+        .map(|a| ([&a.arch, &a.platform, &a.format, &a.output.name].map(plain), a))
+        .collect();
+    let longest = |n: usize, least| rows.iter().map(|(row, _)| row[n].len()).max().unwrap_or(0).max(least);
+    let [arch, platform, format, name] = [longest(0, 4), longest(1, 8), longest(2, 6), longest(3, 4)];
     let line =
         |out: &mut dyn Write, a: &str, p: &str, f: &str, n: &str, size: &str, tier: &str| -> io::Result<()> {
             writeln!(out, "{a:arch$}  {p:platform$}  {f:format$}  {n:name$}  {size:>11}  {tier}")
         };
     line(out, "arch", "platform", "format", "name", "size", "tier")?;
-    for a in &index.artifacts {
+    for ([arch, platform, format, name], a) in &rows {
         let size = bytes(a.output.blob.size);
-        line(out, &a.arch, &a.platform, &a.format, &a.output.name, &size, &a.tier.to_string())?;
+        line(out, arch, platform, format, name, &size, &a.tier.to_string())?;
     }
     Ok(())
 }
@@ -60,7 +59,7 @@ pub fn list(index: &Index, json: bool, out: &mut dyn Write) -> Result<()> {
 /// The tier, and why it is not the better one.
 fn tier(artifact: &Artifact) -> String {
     match &artifact.not_published {
-        Some(reason) => format!("{}: {reason}", artifact.tier),
+        Some(reason) => format!("{}: {}", artifact.tier, plain(reason)),
         None => artifact.tier.to_string(),
     }
 }
@@ -68,14 +67,14 @@ fn tier(artifact: &Artifact) -> String {
 /// How an artifact is called in a table: with its architecture where there are several.
 fn name(index: &Index, artifact: &Artifact) -> String {
     match index.architectures().len() {
-        1 => artifact.label(),
-        _ => format!("{} {}", artifact.arch, artifact.label()),
+        1 => plain(artifact.label()),
+        _ => plain(format_args!("{} {}", artifact.arch, artifact.label())),
     }
 }
 
 fn name_width(index: &Index) -> usize {
     let names = index.artifacts.iter().map(|a| name(index, a).len());
-    names.chain(index.unhandled.iter().map(|u| u.name.len())).max().unwrap_or(0).max(8)
+    names.chain(index.unhandled.iter().map(|u| plain(&u.name).len())).max().unwrap_or(0).max(8)
 }
 
 /// A number of bytes for people: `1.5 MB`; powers of ten, as disks and downloads are counted.

@@ -8,6 +8,7 @@
 //! The crate `coreos-stream-metadata` 0.1.0 reads today's documents too, but into hash maps, which lose the order of
 //! the document, and without the fields that it does not know.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -15,6 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
+
+use crate::version::compare;
 
 /// The longest stream document that is read, in bytes. Today's are about 60 KB.
 pub const MAX_STREAM: u64 = 16 << 20;
@@ -81,6 +84,23 @@ impl Stream {
             json.len()
         );
         serde_json::from_slice(json).context("stream metadata: not a stream document")
+    }
+
+    /// Refuses the document of another stream than `name`.
+    pub fn must_be(&self, name: &str) -> Result<()> {
+        ensure!(self.stream == name, "stream metadata: expected stream {name:?}, found {:?}", self.stream);
+        Ok(())
+    }
+
+    /// The newest release that each architecture has.
+    pub fn releases(&self) -> BTreeMap<String, String> {
+        let newest = |arch: &Arch| {
+            let platforms = arch.artifacts.0.iter();
+            let releases = platforms.filter_map(|(_, platform)| platform.other.get("release")?.as_str());
+            releases.max_by(|a, b| compare(a, b)).map(str::to_owned)
+        };
+        let archs = self.architectures.0.iter();
+        archs.filter_map(|(name, arch)| Some((name.clone(), newest(arch)?))).collect()
     }
 }
 
@@ -162,24 +182,34 @@ fn known() -> Result<Vec<Known>> {
     serde_json::from_str(STREAMS).context("streams.json")
 }
 
-/// The URL of the stream document of a stream known by name: `fcos-stable`, `rhcos-4.16`.
-pub fn url_of(id: &str) -> Result<String> {
+/// Where to find a stream known by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The URL of its document.
+    pub url: String,
+    /// What the document calls the stream. None for RHEL CoreOS, whose documents have had several names.
+    pub stream: Option<String>,
+}
+
+/// Where to find a stream known by name: `fcos-stable`, `rhcos-4.16`.
+pub fn find(id: &str) -> Result<Place> {
     let streams = known()?;
-    for stream in &streams {
-        let Some(minor) = &stream.minor else {
-            if stream.id == id {
-                return Ok(stream.url.clone());
+    for Known { id: known, stream, minor, url, .. } in &streams {
+        let Some(minor) = minor else {
+            if known == id {
+                return Ok(Place { url: url.clone(), stream: stream.clone() });
             }
             continue;
         };
-        if let Some((before, after)) = stream.id.split_once('N')
+        if let Some((before, after)) = known.split_once('N')
             && let Some(n) = id.strip_prefix(before).and_then(|rest| rest.strip_suffix(after))
             && let Ok(number) = n.parse::<u32>()
             && n == number.to_string()
             && minor.from <= number
             && minor.to.is_none_or(|to| number <= to)
         {
-            return Ok(stream.url.replace("-4.N/", &format!("-4.{number}/")));
+            let url = url.replace("-4.N/", &format!("-4.{number}/"));
+            return Ok(Place { url, stream: stream.clone() });
         }
     }
     let mut ids: Vec<_> = streams.iter().map(|s| s.id.as_str()).collect();
@@ -188,6 +218,11 @@ pub fn url_of(id: &str) -> Result<String> {
         "no stream is named {id:?}: known are {}; --stream-url and --stream-file take any other",
         ids.join(", ")
     )
+}
+
+/// The URL of the document of a stream known by name.
+pub fn url_of(id: &str) -> Result<String> {
+    Ok(find(id)?.url)
 }
 
 /// The OpenPGP keys that sign the stream which calls itself `stream`, armored; none when it is not known, or not

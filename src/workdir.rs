@@ -12,19 +12,20 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use reqwest::StatusCode;
 
 use crate::catalog::{Catalog, SIGNATURE};
-use crate::http::{Http, HttpError};
+use crate::http::Http;
 pub use crate::io::read_limited;
 use crate::openpgp::MAX_SIGNATURE;
 use crate::staging::write_file;
 use crate::stream::{self, MAX_STREAM, Stream};
+use crate::version::{self, Older};
 
 /// The working directory of a build.
 #[derive(Clone, Debug)]
 pub struct Workdir {
     root: PathBuf,
+    allow_downgrade: bool,
 }
 
 /// Where a stream document comes from.
@@ -41,7 +42,13 @@ pub enum Origin {
 impl Workdir {
     /// The working directory `root`, which need not exist.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), allow_downgrade: false }
+    }
+
+    /// Whether [`Workdir::init`] may replace the document of a stream by an older or an unsigned one.
+    pub fn allow_downgrade(mut self, allow: bool) -> Self {
+        self.allow_downgrade = allow;
+        self
     }
 
     /// `stream.json`.
@@ -87,10 +94,11 @@ impl Workdir {
     }
 
     /// Gets a stream document, and its signature if there is one, and stores both as they are. What is there already
-    /// is replaced only by a document that can be used.
+    /// is replaced only by a document that can be used. A server may not replace the document of a stream by an older
+    /// or an unsigned one; a file of the user may.
     pub fn init(&self, origin: &Origin, http: &Http) -> Result<Stream> {
         let (document, signature) = match origin {
-            Origin::Id(id) => fetch(&stream::url_of(id)?, http)?,
+            Origin::Id(id) => fetch(&stream::find(id)?.url, http)?,
             Origin::Url(url) => fetch(url, http)?,
             Origin::File(file) => {
                 let mut beside = file.clone().into_os_string();
@@ -106,7 +114,15 @@ impl Workdir {
             }
         };
         let stream = Stream::parse(&document)?;
+        if let Origin::Id(id) = origin
+            && let Some(name) = stream::find(id)?.stream
+        {
+            stream.must_be(&name).with_context(|| id.clone())?;
+        }
         Catalog::new(&stream)?;
+        if !matches!(origin, Origin::File(_)) {
+            self.check_not_backwards(&stream, signature.is_some())?;
+        }
         std::fs::create_dir_all(&self.root)
             .with_context(|| format!("{}: mkdir failed", self.root.display()))?;
         // The old signature goes first, so that there is never a document with the signature of another.
@@ -121,6 +137,29 @@ impl Workdir {
             write_file(&self.stream_signature(), &signature)?;
         }
         Ok(stream)
+    }
+
+    /// Refuses a document of the stream that is here already, if that is newer, or signed when this one is not.
+    fn check_not_backwards(&self, stream: &Stream, signed: bool) -> Result<()> {
+        // One that cannot be read vouches for nothing.
+        let Some(had) = self.read_stream().ok().filter(|had| had.stream == stream.stream) else {
+            return Ok(());
+        };
+        let at = self.stream();
+        let (found, had) = (stream.releases(), had.releases());
+        if let Some(Older { arch, found, had }) = version::older(&found, &had) {
+            let what = format!(
+                "{}: the server offers release {found} for {arch}, older than {had}, which is here",
+                at.display()
+            );
+            version::backwards(&what, self.allow_downgrade)?;
+        }
+        if !signed && self.stream_signature().exists() {
+            let what =
+                format!("{}: the server has no signature for it, the one here is signed", at.display());
+            version::backwards(&what, self.allow_downgrade)?;
+        }
+        Ok(())
     }
 
     /// Removes `artifacts/`, `dehydrated/` and `proofs/`.
@@ -139,15 +178,5 @@ impl Workdir {
 
 /// The stream document at `url`, and its signature if there is one.
 pub fn fetch(url: &str, http: &Http) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
-    let document = http.get(url, MAX_STREAM)?;
-    let signature = match http.get(&format!("{url}{SIGNATURE}"), MAX_SIGNATURE) {
-        Ok(signature) => Some(signature),
-        // An object store that does not let one list answers 403 for what is not there.
-        Err(HttpError::Status {
-            status: StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE,
-            ..
-        }) => None,
-        Err(e) => return Err(e.into()),
-    };
-    Ok((document, signature))
+    Ok((http.get(url, MAX_STREAM)?, http.find(&format!("{url}{SIGNATURE}"), MAX_SIGNATURE)?))
 }

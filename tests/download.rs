@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use rehydrator::digest::Digest;
 use rehydrator::download::{self, Options, Summary};
-use rehydrator::http::{Http, Retry};
+use rehydrator::http::{Http, Retry, Settings};
 use rehydrator::openpgp::{Keys, SignatureError};
 use rehydrator::progress::{Mode, Progress};
 use rehydrator::workdir::{Origin, Workdir};
 use tempfile::TempDir;
 
-use crate::tools::{Gpg, LATER, Nginx, Server, THEN, answer, noise, whole};
+use crate::tools::{Gpg, LATER, Nginx, Request, Server, THEN, answer, noise, whole};
 
 fn keys(of: &[&[u8]]) -> Keys {
     let mut keys = Keys::default();
@@ -501,4 +502,214 @@ fn two_downloads_into_one_directory_do_not_mix() {
     lock.lock().unwrap();
     let message = release.download("http://127.0.0.1:9").unwrap_err();
     assert!(message.contains("artifacts: another download is under way"), "{message}");
+}
+
+// ---- servers that do not end ----------------------------------------------------------------------------------------
+
+/// Gets `file` from a server, with `http`, and gives the error.
+fn refused(http: &Http, server: &Server) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let task = Progress::new(Mode::None).task("file", None);
+    let (partial, etag) = (dir.path().join("partial"), dir.path().join("etag"));
+    let started = Instant::now();
+    let error = http.get_file(&format!("{}/file", server.url), &partial, &etag, &task).unwrap_err();
+    assert!(started.elapsed() < Duration::from_secs(20), "{error}");
+    error.to_string()
+}
+
+const QUICK: Retry = Retry { attempts: 4, delay: Duration::from_millis(1) };
+
+/// What `get` says when the server sends this again and again, and how often it is asked.
+#[track_caller]
+fn ends(answer: impl Fn(&Request, usize) -> Vec<u8> + Send + Sync + 'static, error: &str, gets: usize) {
+    let server = Server::new(answer);
+    let found = refused(&Http::new(QUICK).unwrap(), &server);
+    assert!(found.contains(error), "{found}");
+    assert_eq!(server.gets("file").len(), gets, "{found}");
+}
+
+#[test]
+fn only_what_is_new_counts_as_progress() {
+    let body = noise(1, 8 << 20);
+    let (cut, more) = (body.clone(), body.clone());
+    // Two MiB, whatever range is asked for.
+    ends(
+        move |_, _| answer("200 OK", "ETag: \"x\"\r\n", &cut)[..2 << 20].to_vec(),
+        "gave up after 4 attempts",
+        4,
+    );
+    // A little more each time is progress: six attempts of a client that makes four in a row.
+    let server = Server::new(move |_, n| answer("200 OK", "", &more)[..((n + 1) * 3) << 19].to_vec());
+    let error = refused(&Http::new(QUICK).unwrap(), &server);
+    assert!(error.contains("(os error") || error.contains("gave up"), "{error}");
+    assert!(server.gets("file").len() > 5, "{:?}", server.gets("file"));
+    // A document of which a part is lost with each attempt.
+    let server = Server::new(move |_, _| answer("200 OK", "", &body)[..2 << 20].to_vec());
+    let error = Http::new(QUICK).unwrap().get(&server.url, 16 << 20).unwrap_err().to_string();
+    assert!(error.contains("gave up after 4 attempts"), "{error}");
+}
+
+#[test]
+fn wrong_ranges_end() {
+    let part = |headers: &str, body: &[u8]| answer("206 Partial Content", headers, body);
+    let begin = || answer("200 OK", "", &noise(1, 3_000_000))[..1_000_000].to_vec();
+    // Each begins well, and then sends something else than the range that was asked for.
+    let start = move |_: &Request, n: usize| match n % 2 {
+        0 => begin(),
+        _ => part("Content-Range: bytes 0-9/3000000\r\n", &[0; 10]),
+    };
+    ends(start, "gave up after 4 attempts", 4);
+    let total = move |_: &Request, n: usize| match n % 2 {
+        0 => begin(),
+        _ => part("Content-Range: bytes 0-9/10\r\n", &[0; 10]),
+    };
+    ends(total, "gave up after 4 attempts", 4);
+    let beyond = move |_: &Request, n: usize| match n % 2 {
+        0 => begin(),
+        _ => answer("416 Range Not Satisfiable", "Content-Range: bytes */7\r\n", b""),
+    };
+    ends(beyond, "gave up after 4 attempts", 4);
+    ends(move |_, _| part("Content-Range: bytes 0-9/10\r\n", &[0; 10]), "206 Partial Content", 1);
+    ends(|_, _| answer("416 Range Not Satisfiable", "", b""), "416 Range Not Satisfiable", 1);
+    // The right range, with less and with more in it than it says.
+    let ranges = |lie: i64| {
+        move |request: &Request, _: usize| match request.from {
+            None => begin(),
+            Some(from) => {
+                let body = vec![0; (3_000_000 - from as i64 + lie) as usize];
+                part(&format!("Content-Range: bytes {from}-2999999/3000000\r\n"), &body)
+            }
+        }
+    };
+    ends(ranges(1_000_000), "more than the 3000000 bytes that it announced", 4);
+    let nothing = move |request: &Request, _: usize| match request.from {
+        None => begin(),
+        Some(from) => part(&format!("Content-Range: bytes {from}-2999999/3000000\r\n"), b""),
+    };
+    ends(nothing, "of 3000000 bytes", 4);
+}
+
+#[test]
+fn what_is_too_long_is_not_downloaded() {
+    // Announced, by one file and by all together.
+    let huge = |length: u64| {
+        move |_: &Request, _: usize| {
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").into_bytes()
+        }
+    };
+    ends(huge(1 << 50), "/file: more than 68719476736 bytes", 1);
+    let server = Server::new(huge(1 << 30));
+    let http = Http::new(QUICK).unwrap().with_max_download(1 << 20);
+    let error = refused(&http, &server);
+    assert!(error.ends_with("/file: more than 1048576 bytes in all: --max-download allows more"), "{error}");
+    // Not announced: chunks without an end.
+    let endless = || {
+        Server::streaming(|_, _, to| {
+            let chunk = [&b"10000\r\n"[..], &[0; 1 << 16], b"\r\n"].concat();
+            let _ = to.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+            while to.write_all(&chunk).is_ok() {}
+        })
+    };
+    let server = endless();
+    assert!(refused(&http, &server).contains("more than 1048576 bytes in all"));
+    assert_eq!(server.gets("file").len(), 1);
+    // Nothing is left for another file.
+    assert!(refused(&http, &endless()).contains("more than 1048576 bytes in all"));
+    // A document has its own limit.
+    let error = http.get(&format!("{}/file", endless().url), 1 << 20).unwrap_err().to_string();
+    assert!(error.contains("more than 1048576 bytes"), "{error}");
+}
+
+/// A byte now and then is no stall, and still not a transfer.
+#[test]
+fn a_drip_is_too_slow() {
+    let drip = Server::streaming(|_, _, to| {
+        let _ = to.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n");
+        while to.write_all(b"x").is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let retry = Retry { attempts: 2, delay: Duration::from_millis(1) };
+    let settings = Settings { retry, slow: Duration::from_millis(500), ..Settings::default() };
+    let http = Http::with(&settings).unwrap();
+    let error = refused(&http, &drip);
+    assert!(error.contains("gave up after 2 attempts: less than 1000 bytes a second"), "{error}");
+    let error = http.get(&format!("{}/file", drip.url), 1 << 20).unwrap_err().to_string();
+    assert!(error.contains("less than 1000 bytes a second"), "{error}");
+    // Waiting of our own is none of the server's.
+    let server = Server::new(|_, _| answer("200 OK", "", &[0; 1000]));
+    let http = Http::with(&settings).unwrap().with_rate(Some(500));
+    let dir = tempfile::tempdir().unwrap();
+    let task = Progress::new(Mode::None).task("file", None);
+    http.get_file(&server.url, &dir.path().join("partial"), &dir.path().join("etag"), &task).unwrap();
+}
+
+#[test]
+fn a_directory_of_keys_may_hold_a_readme() {
+    let gpg = Gpg::new();
+    let key = gpg.key("", "a", "never");
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("README"), "Keys that may sign.\n").unwrap();
+    let error = format!("{:#}", Keys::default().read(dir.path()).unwrap_err());
+    assert!(error.ends_with("a directory without an OpenPGP key"), "{error}");
+    fs::write(dir.path().join("a.asc"), gpg.export("=a")).unwrap();
+    let mut keys = Keys::default();
+    keys.read(dir.path()).unwrap();
+    assert_eq!(keys.fingerprints().collect::<Vec<_>>(), [key]);
+    // A key that is damaged may be one that was revoked.
+    for damaged in [&gpg.export("=a")[..100], &gpg.run("", &["--export", "=a"], b"")[..60]] {
+        fs::write(dir.path().join("b.asc"), damaged).unwrap();
+        assert!(format!("{:#}", Keys::default().read(dir.path()).unwrap_err()).contains("b.asc: "));
+    }
+}
+
+// ---- stream documents -----------------------------------------------------------------------------------------------
+
+/// A document of the stream `name` at `release`, without any artifact to speak of.
+fn document(name: &str, release: &str) -> String {
+    serde_json::json!({"stream": name, "architectures": {"x86_64": {"artifacts": {
+        "qemu": {"release": release, "formats": {}}}}}})
+    .to_string()
+}
+
+#[test]
+fn a_document_does_not_go_backwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let www = dir.path().join("www");
+    fs::create_dir(&www).unwrap();
+    let nginx = Nginx::serve(&www);
+    let workdir = Workdir::new(dir.path().join("work"));
+    let http = Http::new(Retry::default()).unwrap();
+    let url = Origin::Url(format!("{}/x.json", nginx.url));
+    let init = |workdir: &Workdir, document: &str, signed: bool| {
+        fs::write(www.join("x.json"), document).unwrap();
+        let _ = fs::remove_file(www.join("x.json.sig"));
+        if signed {
+            fs::write(www.join("x.json.sig"), "a signature").unwrap();
+        }
+        workdir.init(&url, &http).map(|_| ()).map_err(|e| format!("{e:#}"))
+    };
+    init(&workdir, &document("stable", "9.0"), false).unwrap();
+    init(&workdir, &document("stable", "10.0"), true).unwrap();
+    let older = document("stable", "9.0");
+    let error = init(&workdir, &older, true).unwrap_err();
+    assert!(error.ends_with("the server offers release 9.0 for x86_64, older than 10.0, which is here: --allow-downgrade takes it"), "{error}");
+    let error = init(&workdir, &document("stable", "11.0"), false).unwrap_err();
+    assert!(
+        error.ends_with(
+            "the server has no signature for it, the one here is signed: --allow-downgrade takes it"
+        ),
+        "{error}"
+    );
+    // What is here is still what it was.
+    assert_eq!(fs::read_to_string(workdir.stream()).unwrap(), document("stable", "10.0"));
+    assert!(workdir.stream_signature().exists());
+    // The same again, another stream, a file of the user, and the option.
+    init(&workdir, &document("stable", "10.0"), true).unwrap();
+    workdir.init(&Origin::File(www.join("x.json")), &http).unwrap();
+    init(&workdir, &document("testing", "1.0"), false).unwrap();
+    init(&workdir, &document("stable", "10.0"), true).unwrap();
+    init(&workdir.clone().allow_downgrade(true), &older, false).unwrap();
+    assert_eq!(fs::read_to_string(workdir.stream()).unwrap(), older);
+    assert!(!workdir.stream_signature().exists());
 }

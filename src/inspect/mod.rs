@@ -29,6 +29,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::source::Source;
+use crate::terminal::plain;
 pub use guest::GuestDisk;
 use packed::Packing;
 
@@ -452,7 +453,7 @@ impl Report {
         }
         if let Some(inside) = &self.inside {
             let what = match (&inside.name, self.format) {
-                (Some(name), _) => plain(&format_args!("in {name}")),
+                (Some(name), _) => plain(format_args!("in {name}")),
                 (None, Format::Cpio) => "after the archive".to_string(),
                 (None, _) => "inside".to_string(),
             };
@@ -498,11 +499,6 @@ impl fmt::Display for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {}", self.name, Size(self.size))
     }
-}
-
-/// Text without control characters: names in a hostile file are not to drive the terminal.
-fn plain(value: &dyn fmt::Display) -> String {
-    value.to_string().replace(char::is_control, "\u{fffd}")
 }
 
 /// A number of bytes, with a unit beside it from 1 KiB on.

@@ -20,7 +20,7 @@ use crate::stream;
 use crate::workdir::read_limited;
 
 use super::filter::{Filter, Filters};
-use super::version::check_name;
+use crate::version::check_name;
 
 /// The longest configuration that is read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;

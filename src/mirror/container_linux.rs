@@ -1,8 +1,10 @@
 //! The release servers of CoreOS Container Linux and Flatcar: `version.txt` of a channel says what is current, the HTML
 //! index of a version says which files there are.
 //!
-//! Files are taken when they have a signature, or when a `DIGESTS` file that has one lists them. Nothing else of what
-//! a server says is believed: with the wrong `version.txt` it can offer an older version, no other bytes.
+//! Files are taken when they have a signature, or when a `DIGESTS` file that has one lists them. Neither says which
+//! version they are of: a version is taken only when the signed `version.txt` in its directory names it. Nothing else of
+//! what a server says is believed: with the wrong `version.txt` of a channel it can offer an older version, which the
+//! mirror refuses if it has had a newer one.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,19 +15,19 @@ use url::Url;
 use crate::catalog::SIGNATURE;
 use crate::fetch;
 use crate::http::Http;
-use crate::openpgp::{MAX_SIGNATURE, SignatureError};
+use crate::openpgp::{Keys, MAX_SIGNATURE, SignatureError};
 use crate::workdir::read_limited;
 
 use super::config::{Source, Versions};
 use super::index::{Index, MAX_INDEX};
 use super::plan::{Plan, Proof, Sha512, Version, Wanted, join};
-use super::version::{check_name, compare};
+use crate::version::{check_name, compare};
 
-/// What says which version of a channel is current.
-const VERSION_TXT: &str = "version.txt";
+/// What says which version of a channel is current, and which version a directory has.
+pub const VERSION_TXT: &str = "version.txt";
 
 /// The longest `version.txt` that is read, in bytes. Real ones have some 200.
-const MAX_VERSION_TXT: u64 = 64 << 10;
+pub const MAX_VERSION_TXT: u64 = 64 << 10;
 
 /// The longest list of digests that is read, in bytes. Real ones have some 1 KB.
 const MAX_DIGESTS: u64 = 1 << 20;
@@ -51,13 +53,13 @@ pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http
         versions.sort_by(|a, b| compare(b, a));
         plan.current = versions.first().cloned();
     } else {
-        let current = current(source, &base, http)?;
+        let (current, signed) = current(source, &base, http)?;
         if let Some(minimum) = &source.versions.minimum {
             ensure!(
                 compare(&current, minimum).is_ge(),
                 "the current version is {current}, which is before {minimum}"
             );
-            let listed = Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path()).dirs;
+            let listed = index(&base, http)?.dirs;
             versions.extend(listed.into_iter().filter(|v| {
                 check_name("version", v).is_ok() && compare(v, minimum).is_ge() && *v != current
             }));
@@ -66,8 +68,11 @@ pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http
         }
         versions.push(current.clone());
         versions.sort_by(|a, b| compare(b, a));
+        plan.offers.insert(arch.into(), current.clone());
+        plan.signed = signed;
         plan.current = Some(current);
     }
+    Plan::check_count(versions.len())?;
     plan.needs.extend(plan.current.clone());
     for version in versions {
         let files = match files(source, &mut plan, &base, &version, dest, http) {
@@ -83,18 +88,33 @@ pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http
     Ok(plan)
 }
 
-/// The version that `version.txt` names. Where that is signed, it must be signed right.
-fn current(source: &Source, base: &Url, http: &Http) -> Result<String> {
+/// The index of a directory.
+fn index(base: &Url, http: &Http) -> Result<Index> {
+    Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path()).with_context(|| base.to_string())
+}
+
+/// The version that `version.txt` names, and whether that is signed. Where it is, it must be signed right.
+fn current(source: &Source, base: &Url, http: &Http) -> Result<(String, bool)> {
     let url = base.join("current/")?.join(VERSION_TXT)?;
     let text = http.get(url.as_str(), MAX_VERSION_TXT)?;
-    if let Some(signature) = fetch::signature(http, &format!("{url}{SIGNATURE}"))? {
-        source.keys.verify(&signature, &text[..]).with_context(|| url.to_string())?;
+    let signature = http.find(&format!("{url}{SIGNATURE}"), MAX_SIGNATURE)?;
+    if let Some(signature) = &signature {
+        source.keys.verify(signature, &text[..]).with_context(|| url.to_string())?;
     }
-    parse_version(&String::from_utf8_lossy(&text)).with_context(|| url.to_string())
+    let version = parse_version(&text).with_context(|| url.to_string())?;
+    Ok((version, signature.is_some()))
+}
+
+/// Refuses the `version.txt` of another version.
+pub fn check_version(text: &[u8], version: &str) -> Result<()> {
+    let found = parse_version(text)?;
+    ensure!(found == version, "expected version {version}, found {found}");
+    Ok(())
 }
 
 /// Reads `version.txt`, which is a list of variables of a shell.
-fn parse_version(text: &str) -> Result<String> {
+fn parse_version(text: &[u8]) -> Result<String> {
+    let text = String::from_utf8_lossy(text);
     for name in ["FLATCAR_VERSION_ID", "COREOS_VERSION_ID"] {
         let value = text.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
         if let Some(value) = value {
@@ -118,7 +138,11 @@ fn files(
 ) -> Result<Vec<Wanted>> {
     let dir = plan.dir(version);
     let base = base.join(&format!("{version}/"))?;
-    let index = Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path());
+    let index = index(&base, http)?;
+    let text = base.join(VERSION_TXT)?;
+    signed_document(&plan.keys, text.as_str(), &dest.join(&dir).join(VERSION_TXT), MAX_VERSION_TXT, http)
+        .and_then(|text| check_version(&text, version))
+        .context(VERSION_TXT)?;
     for (link, why) in index.refused {
         plan.skip(format!("{base}: {link}"), format!("the link {why}"));
     }
@@ -165,7 +189,7 @@ fn files(
         }
         let read = lists.read(|list| {
             let (url, path) = (url(list), dest.join(&dir).join(list));
-            read_list(plan, &url, &path, http).with_context(|| url.clone())
+            signed_document(&plan.keys, &url, &path, MAX_DIGESTS, http).with_context(|| url.clone())
         });
         for e in read.problems.drain(..) {
             plan.problem(Some(version), format!("{}", dir.display()), &e);
@@ -215,15 +239,20 @@ impl Lists<'_> {
     }
 }
 
-/// A list of digests: the one that is mirrored, or that of the server, if its signature is good.
-fn read_list(plan: &Plan, url: &str, path: &Path, http: &Http) -> Result<Vec<u8>> {
-    let here = read_limited(path, MAX_DIGESTS)
-        .and_then(|text| Ok((text, read_limited(&fetch::beside(path, SIGNATURE), MAX_SIGNATURE)?)));
-    let (text, signature) = match here {
-        Ok((text, signature)) => (text, Some(signature)),
-        Err(_) => (http.get(url, MAX_DIGESTS)?, fetch::signature(http, &format!("{url}{SIGNATURE}"))?),
-    };
-    plan.keys.verify(&signature.ok_or(SignatureError::Missing)?, &text[..])?;
+/// A document with a signature beside it: the one that is mirrored, or that of the server, if its signature is good.
+fn signed_document(keys: &Keys, url: &str, path: &Path, limit: u64, http: &Http) -> Result<Vec<u8>> {
+    if let Ok(text) = signed_file(path, limit, keys) {
+        return Ok(text);
+    }
+    let (text, signature) = (http.get(url, limit)?, http.find(&format!("{url}{SIGNATURE}"), MAX_SIGNATURE)?);
+    keys.verify(&signature.ok_or(SignatureError::Missing)?, &text[..])?;
+    Ok(text)
+}
+
+/// A file of the mirror, if the signature beside it is good.
+pub fn signed_file(path: &Path, limit: u64, keys: &Keys) -> Result<Vec<u8>> {
+    let text = read_limited(path, limit)?;
+    keys.verify(&read_limited(&fetch::beside(path, SIGNATURE), MAX_SIGNATURE)?, &text[..])?;
     Ok(text)
 }
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::layout::{ALL, CURRENT, Channel, Dest, OWN, STREAMS, State, entries};
-use super::version::compare;
+use crate::version::compare;
 
 /// A version that is removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +103,8 @@ impl<'a> Tree<'a> {
     /// Removes links to versions that are not there.
     fn remove_dangling(&self, dest: &Dest) -> Result<()> {
         for (dir, links) in &self.channels {
-            for version in &links.versions {
+            let current = links.current.iter().map(|_| CURRENT);
+            for version in links.versions.iter().map(String::as_str).chain(current) {
                 let link = dest.dir.join(dir).join(version);
                 // `exists` looks at what the link points to.
                 if !link.exists() {

@@ -3,6 +3,7 @@
 //! Whoever can change the index can list anything, so a link counts only when it is the plain name of a file in that
 //! directory. Everything else is named, so that it can be reported, and never becomes a file or a request.
 
+use anyhow::{Result, ensure};
 use html5gum::{DefaultEmitter, Token, Tokenizer};
 use percent_encoding::percent_decode_str;
 
@@ -10,6 +11,9 @@ use crate::catalog::check_file_name;
 
 /// The longest index that is read, in bytes. That of a Flatcar release has some 100 KB.
 pub const MAX_INDEX: u64 = 4 << 20;
+
+/// The most links of an index, whatever they are. A Flatcar release has some 600.
+const MAX_LINKS: usize = 20_000;
 
 /// What an index lists.
 #[derive(Debug, Default)]
@@ -24,8 +28,9 @@ pub struct Index {
 
 impl Index {
     /// Reads the links of a document that lies at a URL of the path `path`.
-    pub fn parse(html: &[u8], path: &str) -> Self {
+    pub fn parse(html: &[u8], path: &str) -> Result<Self> {
         let mut index = Self::default();
+        let mut links = 0;
         // As a browser does it: what is in a script or a style is no link.
         let mut emitter = DefaultEmitter::default();
         emitter.naively_switch_states(true);
@@ -35,6 +40,8 @@ impl Index {
                 continue;
             }
             let Some(href) = tag.attributes.get(b"href".as_slice()) else { continue };
+            links += 1;
+            ensure!(links <= MAX_LINKS, "an index of more than {MAX_LINKS} links");
             match std::str::from_utf8(href).map_err(|_| "not UTF-8").and_then(|link| Link::parse(link, path))
             {
                 Ok(Link::File(name)) => index.files.push(name),
@@ -49,7 +56,7 @@ impl Index {
             names.sort();
             names.dedup();
         }
-        index
+        Ok(index)
     }
 }
 
@@ -61,7 +68,7 @@ enum Link {
 }
 
 impl Link {
-    fn parse(link: &str, path: &str) -> Result<Self, &'static str> {
+    fn parse(link: &str, path: &str) -> std::result::Result<Self, &'static str> {
         let parent = link.ends_with('/') && path.starts_with(link);
         if link.is_empty() || link == "../" || link == "./" || parent || is_sorting(link) {
             return Ok(Self::Navigation);

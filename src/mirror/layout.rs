@@ -70,6 +70,12 @@ pub struct Channel {
     pub keep: Option<usize>,
     /// Versions that must be kept: pinned, named by the document of the stream, or being mirrored.
     pub needs: BTreeSet<String>,
+    /// What the server said is current when the channel was last complete, by architecture.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub newest: BTreeMap<String, String>,
+    /// Whether what said so was signed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub signed: bool,
 }
 
 impl Default for State {

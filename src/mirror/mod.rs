@@ -18,7 +18,8 @@ pub mod layout;
 pub mod plan;
 pub mod release;
 pub mod summary;
-pub mod version;
+
+pub use crate::version;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -33,10 +34,11 @@ use crate::fetch::{self, beside, each};
 use crate::http::Http;
 use crate::openpgp::{Keys, MAX_SIGNATURE, SignatureError};
 use crate::progress::Progress;
+use crate::version::{Older, compare};
 use crate::workdir::read_limited;
 
 use config::{Config, Kind, Source};
-use container_linux::parse_digests;
+use container_linux::{MAX_VERSION_TXT, VERSION_TXT, check_version, parse_digests, signed_file};
 use layout::{ALL, CURRENT, Channel, Dest, State, entries};
 use plan::{Plan, Problem, Proof, Skipped, Wanted};
 use summary::{ChannelSummary, Summary};
@@ -53,6 +55,8 @@ pub struct Options {
     pub verify: bool,
     /// Wait for another process that changes the mirror.
     pub wait: bool,
+    /// Take an older version, or an unsigned document, where there was a newer or a signed one.
+    pub allow_downgrade: bool,
     /// Build an image of each stream.
     pub images: Option<images::Options>,
 }
@@ -116,6 +120,10 @@ impl Run<'_> {
         let mut plans = Vec::new();
         for source in &config.sources {
             for mut plan in self.plans(source, options.base_url.as_ref()) {
+                if let Err(e) = self.check_not_backwards(&plan, options.allow_downgrade) {
+                    self.fail(plan.label().display().to_string(), format!("{e:#}"));
+                    continue;
+                }
                 for Problem { what, error } in std::mem::take(&mut plan.problems) {
                     self.fail(what, error);
                 }
@@ -195,6 +203,40 @@ impl Run<'_> {
         plans
     }
 
+    /// Refuses a channel that is older than it was, or was signed and is no more.
+    fn check_not_backwards(&self, plan: &Plan, allowed: bool) -> Result<()> {
+        if plan.offers.is_empty() {
+            // The configuration says what is current.
+            return Ok(());
+        }
+        let label = plan.label();
+        let had = self.state.channels.get(&*label.to_string_lossy()).cloned().unwrap_or_default();
+        if let Some(Older { arch, found, had }) = version::older(&plan.offers, &had.newest) {
+            let what = format!(
+                "the server offers version {found} for {arch}, older than {had}, which the mirror had"
+            );
+            version::backwards(&what, allowed)?;
+        } else if let (Some(found), Some(had)) = (&plan.current, self.current(&label))
+            && compare(found, &had).is_lt()
+            && self.dest.dir.join(&label).join(CURRENT).exists()
+        {
+            let what = format!("the server offers version {found}, older than {had}, which is current");
+            version::backwards(&what, allowed)?;
+        }
+        if had.signed && !plan.signed {
+            let what =
+                "the server has no signature for what names the current version, which was signed before";
+            version::backwards(what, allowed)?;
+        }
+        Ok(())
+    }
+
+    /// What `current` of a channel names.
+    fn current(&self, label: &Path) -> Option<String> {
+        let target = fs::read_link(self.dest.dir.join(label).join(CURRENT)).ok()?;
+        version_of(&target).map(str::to_owned)
+    }
+
     fn fail(&mut self, what: String, error: String) {
         tracing::warn!("{what}: {error}");
         self.summary.failed.push(Problem { what, error });
@@ -264,6 +306,9 @@ impl Run<'_> {
                     .skipped
                     .push(Skipped { what, why: "it is not renewed without a base URL".into() });
             }
+            if let Some(path) = &plan.removed {
+                fetch::remove(&self.dest.dir.join(&plan.root).join(path))?;
+            }
             for (path, document) in &plan.documents {
                 self.document(&plan.root.join(path), document)?;
             }
@@ -273,10 +318,9 @@ impl Run<'_> {
             self.remember(source, plan, true)?;
             self.finished.insert(plan.label());
         }
-        let current = fs::read_link(self.dest.dir.join(plan.label()).join(CURRENT)).ok();
         self.summary.channels.push(ChannelSummary {
             channel: plan.label().display().to_string(),
-            current: current.and_then(|target| Some(version_of_target(&target)?.to_owned())),
+            current: self.current(&plan.label()),
             complete: finished && plan.broken.is_empty(),
         });
         Ok(())
@@ -287,7 +331,7 @@ impl Run<'_> {
         // First, because it is small: without it all the rest is for nothing.
         let signature = match &file.proof {
             Proof::Signature { url, .. } => {
-                Some(fetch::signature(self.http, url)?.ok_or(SignatureError::Missing)?)
+                Some(self.http.find(url, MAX_SIGNATURE)?.ok_or(SignatureError::Missing)?)
             }
             Proof::Listed(_) | Proof::Document(_) => None,
         };
@@ -320,7 +364,14 @@ impl Run<'_> {
         if !finished {
             needs.extend(old.iter().flat_map(|old| &old.needs).cloned());
         }
-        let new = Channel { root: source.root.clone(), keep: source.keep, needs };
+        let mut new = Channel { root: source.root.clone(), keep: source.keep, needs, ..Channel::default() };
+        if let Some(old) = old {
+            (new.newest, new.signed) = (old.newest.clone(), old.signed);
+        }
+        if finished && !plan.offers.is_empty() {
+            new.newest.extend(plan.offers.clone());
+            new.signed = plan.signed;
+        }
         if old != Some(&new) {
             self.state.channels.insert(label, new);
             self.dest.write_state(&self.state)?;
@@ -347,6 +398,7 @@ impl Run<'_> {
         for (root, keys) in &keys {
             let mut files = Vec::new();
             walk(&self.dest.dir, &Path::new(root).join(ALL), &mut files)?;
+            let files = self.without_lies(files, keys)?;
             // Signatures are checked with what they are of.
             let names: BTreeSet<&Path> = files.iter().map(PathBuf::as_path).collect();
             let of = |f: &Path| f.to_str().and_then(|f| f.strip_suffix(SIGNATURE)).map(PathBuf::from);
@@ -366,6 +418,23 @@ impl Run<'_> {
             }
         }
         self.dest.empty_trash()
+    }
+
+    /// Takes directories out of the mirror whose signed `version.txt` names another version: their files may be good, but
+    /// are not what they are taken for. Gives the files of the others.
+    fn without_lies(&mut self, mut files: Vec<PathBuf>, keys: &Keys) -> Result<Vec<PathBuf>> {
+        let texts: Vec<PathBuf> = files.iter().filter(|f| f.ends_with(VERSION_TXT)).cloned().collect();
+        for path in texts {
+            let (Some(version), Some(dir)) = (version_of(&path), path.parent()) else { continue };
+            // One that is damaged is only got again.
+            let Ok(text) = signed_file(&self.dest.dir.join(&path), MAX_VERSION_TXT, keys) else { continue };
+            if let Err(e) = check_version(&text, version) {
+                files.retain(|file| !file.starts_with(dir));
+                self.fail(path.display().to_string(), format!("{e:#}: {} removed", dir.display()));
+                self.dest.discard(dir)?;
+            }
+        }
+        Ok(files)
     }
 
     /// Checks a file that is there: as a plan says, or by what lies beside it.
@@ -420,7 +489,7 @@ fn walk(top: &Path, path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The version in the target of a link.
-fn version_of_target(target: &Path) -> Option<&str> {
-    target.iter().skip_while(|part| *part != ALL).nth(1)?.to_str()
+/// The version in the path of one of its files, or in the target of a link.
+fn version_of(path: &Path) -> Option<&str> {
+    path.iter().skip_while(|part| *part != ALL).nth(1)?.to_str()
 }

@@ -1,7 +1,7 @@
 //! What a channel has to become: the files of its versions, and what vouches for each. Made by
 //! [`super::container_linux`] and [`super::release`] of what the server says, carried out by [`super::run`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,9 @@ use crate::openpgp::{Keys, SignatureError};
 
 use super::layout::ALL;
 
+/// The most versions of a channel. Fedora CoreOS has published some 200 for a stream.
+pub const MAX_VERSIONS: usize = 1000;
+
 /// A channel, or a channel of one architecture: a directory with links to versions.
 #[derive(Debug)]
 pub struct Plan {
@@ -29,10 +32,16 @@ pub struct Plan {
     pub versions: Vec<Version>,
     /// What `current` is to name. Without one it stays as it is.
     pub current: Option<String>,
+    /// What the server says is current, by architecture; empty where the configuration says what is.
+    pub offers: BTreeMap<String, String>,
+    /// Whether what says so is signed.
+    pub signed: bool,
     /// Versions that must be complete before `current` and the documents are replaced.
     pub needs: BTreeSet<String>,
     /// Documents to write then, by their path below `root`.
     pub documents: Vec<(PathBuf, Vec<u8>)>,
+    /// The signature of a document that has none now, by its path below `root`.
+    pub removed: Option<PathBuf>,
     /// What an image of `current` is made of, for a stream.
     pub release: Option<Release>,
     /// A document that an earlier run may have written, and this one cannot renew.
@@ -123,8 +132,11 @@ impl Plan {
             part: part.into(),
             versions: Vec::new(),
             current: None,
+            offers: BTreeMap::new(),
+            signed: false,
             needs: BTreeSet::new(),
             documents: Vec::new(),
+            removed: None,
             release: None,
             stale: None,
             keys,
@@ -148,6 +160,15 @@ impl Plan {
     pub fn target(&self, version: &str) -> PathBuf {
         let up: PathBuf = self.channel.iter().map(|_| "..").collect();
         join(&up.join(ALL).join(version), &self.part)
+    }
+
+    /// Refuses more versions than a channel has; a server that lists more would never be done with.
+    pub fn check_count(versions: usize) -> Result<()> {
+        ensure!(
+            versions <= MAX_VERSIONS,
+            "{versions} versions to mirror, more than {MAX_VERSIONS}: keep, or a later minimum, takes fewer"
+        );
+        Ok(())
     }
 
     /// Notes that something failed, and of which version it is, if of one.

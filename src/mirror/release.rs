@@ -18,7 +18,7 @@ use crate::workdir;
 use super::config::{Source, Versions};
 use super::layout::STREAMS;
 use super::plan::{self, Plan, Proof, Version, Wanted};
-use super::version::{check_name, compare};
+use crate::version::{check_name, compare};
 
 /// The index of the releases of a stream, oldest first.
 #[derive(Deserialize)]
@@ -87,6 +87,11 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
         plan.keys.verify(signature, &published[..]).with_context(|| url.clone())?;
     }
     let newest = Stream::parse(&published).with_context(|| url.clone())?;
+    // What documents of RHEL CoreOS call themselves is not known.
+    let own_name = stream::find(name).map_or(Some(name.to_owned()), |place| place.stream);
+    if let Some(own_name) = &own_name {
+        newest.must_be(own_name).with_context(|| url.clone())?;
+    }
     for arch in &source.architectures {
         if !newest.architectures.0.iter().any(|(name, _)| name == arch) {
             let e = anyhow::anyhow!("there is nothing for architecture {arch}");
@@ -103,7 +108,9 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
             let older: Vec<_> = pin.iter().filter(|version| !in_newest.contains(version)).collect();
             let mut documents = Vec::new();
             if !older.is_empty() {
-                documents = releases(&mut plan, source, name, http, |version| older.contains(&version))?;
+                documents = releases(&mut plan, source, name, own_name.as_deref(), http, |version| {
+                    older.contains(&version)
+                })?;
             }
             for version in older {
                 if !documents.iter().any(|(found, _)| found == version) {
@@ -128,11 +135,18 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
             }
         }
         Versions { minimum, .. } => {
+            if let Some(minimum) = minimum
+                && let Some(version) = in_newest.iter().find(|version| compare(version, minimum).is_lt())
+            {
+                bail!("the current version is {version}, which is before {minimum}");
+            }
+            plan.offers = newest.releases();
+            plan.signed = signature.is_some();
             plan.current = in_newest.iter().max_by(|a, b| compare(a, b)).cloned();
             plan.needs.extend(in_newest.iter().cloned());
             let mut left = source.keep.unwrap_or(usize::MAX).saturating_sub(in_newest.len());
             if let Some(minimum) = minimum.as_ref().filter(|_| left > 0) {
-                let older = releases(&mut plan, source, name, http, |version| {
+                let older = releases(&mut plan, source, name, own_name.as_deref(), http, |version| {
                     let take = left > 0
                         && compare(version, minimum).is_ge()
                         && !in_newest.iter().any(|v| v == version);
@@ -178,7 +192,11 @@ pub fn plan(source: &Source, name: &str, base_url: Option<&Url>, http: &Http) ->
             None => None,
         };
         if let Some((published, signature)) = upstream {
-            plan.documents.extend(signature.map(|s| (path(&format!(".upstream.json{SIGNATURE}")), s)));
+            let of_signature = path(&format!(".upstream.json{SIGNATURE}"));
+            match signature {
+                Some(signature) => plan.documents.push((of_signature, signature)),
+                None => plan.removed = Some(of_signature),
+            }
             plan.documents.push((path(".upstream.json"), published));
         }
         plan.documents.extend(rewritten.map(|document| (path(".json"), document)));
@@ -264,6 +282,7 @@ fn releases(
     plan: &mut Plan,
     source: &Source,
     name: &str,
+    own_name: Option<&str>,
     http: &Http,
     mut take: impl FnMut(&String) -> bool,
 ) -> Result<Vec<(String, Stream)>> {
@@ -277,6 +296,7 @@ fn releases(
     pointers.retain(|pointer| check_name("version", &pointer.version).is_ok());
     pointers.sort_by(|a, b| compare(&b.version, &a.version));
     pointers.retain(|pointer| take(&pointer.version));
+    Plan::check_count(pointers.len())?;
     let mut found = Vec::new();
     for Pointer { version, metadata } in pointers {
         let get = || -> Result<Stream> {
@@ -284,6 +304,9 @@ fn releases(
             let release: Release = serde_json::from_slice(&http.get(url.as_str(), MAX_STREAM)?)?;
             ensure!(release.release == version, "it is of version {:?}", release.release);
             let stream = select(source, release.into_stream());
+            if let Some(own_name) = own_name {
+                stream.must_be(own_name)?;
+            }
             Catalog::new(&stream)?;
             Ok(stream)
         };

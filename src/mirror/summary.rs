@@ -9,6 +9,7 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 
 use crate::staging::write_file;
+use crate::terminal::plain;
 
 use super::plan::{Problem, Skipped};
 
@@ -75,10 +76,10 @@ impl Summary {
             writeln!(out, "image {image} {digest}, {}", if *new { "new" } else { "kept" })?;
         }
         for skipped in &self.skipped {
-            writeln!(out, "skipped {}: {}", skipped.what, skipped.why)?;
+            writeln!(out, "skipped {}: {}", plain(&skipped.what), plain(&skipped.why))?;
         }
         for failure in &self.failed {
-            writeln!(out, "failed {}: {}", failure.what, failure.error)?;
+            writeln!(out, "failed {}: {}", plain(&failure.what), plain(&failure.error))?;
         }
         writeln!(
             out,

@@ -20,15 +20,18 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use oci_spec::image::{Descriptor, ImageManifest, ImageManifestBuilder, MediaType, SCHEMA_VERSION};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::cosign::{PrivateKey, PublicKey};
 use super::json;
 use super::layout::{Staging, to_json};
 use crate::digest::Digest;
-use crate::http::{Http, HttpError, Retry};
+use crate::http::{Http, Retry};
 use crate::io::read_limited;
 use crate::openpgp::{Keys, MAX_SIGNATURE, Signer};
 use crate::registry::Reference;
@@ -42,6 +45,10 @@ const ANNOTATION_SIGNATURE: &str = "dev.cosignproject.cosign/signature";
 
 /// What the document says it is, in an OpenPGP message and with cosign.
 const TYPES: [&str; 2] = ["atomic container signature", "cosign container image signature"];
+
+/// What a cosign signature begins with that skopeo keeps in a file of its own, as in a `dir:`. An OpenPGP message never
+/// begins with a zero.
+const ATTACHED: &[u8] = b"\0sigstore-json\n";
 
 /// The most signatures of one image that are looked at.
 const MAX_SIGNATURES: usize = 128;
@@ -217,7 +224,7 @@ impl Policy {
         };
         for number in 1..=MAX_SIGNATURES {
             let Some(signature) = transport.signature(digest, number)? else { break };
-            if good(number, &signature) {
+            if !signature.starts_with(ATTACHED) && good(number, &signature) {
                 return Ok(());
             }
         }
@@ -242,11 +249,7 @@ impl Policy {
         let root = self.lookaside.trim_end_matches('/');
         if root.starts_with("http://") || root.starts_with("https://") {
             let url = format!("{root}/{}", path.replace('@', "%40").replace('=', "%3D"));
-            return match Http::new(Retry::default())?.get(&url, MAX_SIGNATURE) {
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(HttpError::Status { .. }) => Ok(None),
-                Err(e) => Err(e.into()),
-            };
+            return Ok(Http::new(Retry::default())?.find(&url, MAX_SIGNATURE)?);
         }
         let path = Path::new(root.strip_prefix("file://").unwrap_or(root)).join(path);
         match read_limited(&path, MAX_SIGNATURE) {
@@ -257,33 +260,71 @@ impl Policy {
     }
 }
 
-/// Looks for a good signature in the image of signatures of the image `digest`.
+/// A cosign signature in a file of its own, as containers/image writes it behind [`ATTACHED`].
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Attached {
+    mime_type: String,
+    /// In base64.
+    payload: String,
+    annotations: HashMap<String, String>,
+}
+
+impl Attached {
+    /// What was signed, and the signature.
+    fn parse(json: &[u8]) -> Result<(Vec<u8>, String)> {
+        let json = json::unique(json).context("not a cosign signature")?;
+        let mut attached: Self = serde_json::from_value(json).context("not a cosign signature")?;
+        let kind = attached.mime_type;
+        ensure!(kind == PAYLOAD, "a payload of media type {kind:?}: expected {PAYLOAD:?}");
+        let signature = attached.annotations.remove(ANNOTATION_SIGNATURE);
+        let payload = BASE64_STANDARD.decode(attached.payload).context("payload")?;
+        Ok((payload, signature.with_context(|| format!("no {ANNOTATION_SIGNATURE}"))?))
+    }
+}
+
+/// Looks for a good signature beside the image `digest`, and in the image of its signatures.
 fn cosigned(
     transport: &dyn Transport,
     key: &PublicKey,
     identity: Option<&Reference>,
     digest: Digest,
 ) -> Result<()> {
-    let tag = cosign_tag(digest);
-    let Some(image) = transport.tagged(&tag)? else { bail!("no signature: there is no {tag}") };
-    let signatures = image.root()?;
-    let manifest = transport::parse(&signatures.bytes).with_context(|| tag.clone())?;
     let mut last = None;
-    for (number, layer) in manifest.layers().iter().enumerate().take(MAX_SIGNATURES) {
-        let signature = layer.annotations().as_ref().and_then(|a| a.get(ANNOTATION_SIGNATURE));
-        let Some(signature) = signature else { continue };
-        let good = || -> Result<()> {
-            ensure!(layer.size() <= MAX_PAYLOAD, "longer than {MAX_PAYLOAD} bytes");
-            let payload = transport::document(&*image, layer)?;
-            ensure!(key.verify(&payload, signature), "not made with this key");
+    let mut good = |number: usize, signed: Result<(Vec<u8>, String)>| {
+        let good = signed.and_then(|(payload, signature)| {
+            ensure!(key.verify(&payload, &signature), "not made with this key");
             check(&payload, TYPES[1], identity, digest)
-        };
-        match good() {
-            Ok(()) => return Ok(()),
-            Err(e) => last = Some(e.context(format!("signature {}", number + 1))),
+        });
+        good.map_err(|e| last = Some(e.context(format!("signature {number}")))).is_ok()
+    };
+    for number in 1..=MAX_SIGNATURES {
+        let Some(signature) = transport.signature(digest, number)? else { break };
+        if let Some(json) = signature.strip_prefix(ATTACHED)
+            && good(number, Attached::parse(json))
+        {
+            return Ok(());
         }
     }
-    Err(last.unwrap_or_else(|| anyhow::anyhow!("no signature in {tag}")))
+    let tag = cosign_tag(digest);
+    let mut none = format!("no signature: there is no {tag}");
+    if let Some(image) = transport.tagged(&tag)? {
+        none = format!("no signature in {tag}");
+        let signatures = image.root()?;
+        let manifest: ImageManifest = transport::parse(&signatures.bytes).with_context(|| tag.clone())?;
+        for (number, layer) in manifest.layers().iter().enumerate().take(MAX_SIGNATURES) {
+            let signature = layer.annotations().as_ref().and_then(|a| a.get(ANNOTATION_SIGNATURE));
+            let Some(signature) = signature else { continue };
+            let payload = || {
+                ensure!(layer.size() <= MAX_PAYLOAD, "longer than {MAX_PAYLOAD} bytes");
+                transport::document(&*image, layer)
+            };
+            if good(number + 1, payload().map(|payload| (payload, signature.clone()))) {
+                return Ok(());
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| anyhow::anyhow!(none)))
 }
 
 #[cfg(test)]

@@ -471,7 +471,8 @@ impl Client {
                 }
             }
         }
-        let http = Http::with(&Settings { retry: options.retry, stall: options.stall, tls })?;
+        let http =
+            Http::with(&Settings { retry: options.retry, stall: options.stall, tls, ..Settings::default() })?;
         let mut base = Url::parse(&format!("https://{name}"))?;
         if !options.tls_verify {
             // As in skopeo: without TLS where there is none.
@@ -754,7 +755,7 @@ impl BlobReader {
         let whole = self.pos == 0 && self.check.is_some();
         let range = (!whole).then(|| (RANGE, format!("bytes={}-{}", self.pos, self.end.saturating_sub(1))));
         let (host, access, url) = (&self.host, &self.access, &self.url);
-        let answer =
+        let mut answer =
             self.client.request(host, access, &Method::GET, url, &Vec::from_iter(range), &Payload::None)?;
         match (answer.status(), answer.range().and_then(|r| r.start)) {
             (StatusCode::PARTIAL_CONTENT, Some(start)) if start == self.pos => self.skip = 0,
@@ -767,6 +768,7 @@ impl BlobReader {
                     return Err(self.wrong(format!("expected {} bytes, the registry has {length}", self.end)));
                 }
                 self.skip = self.pos;
+                answer.repeats(self.skip);
             }
             (StatusCode::PARTIAL_CONTENT, _) => {
                 return Err(Failure::again("206 Partial Content: not the range that was asked for"));

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::flow::{Connection, Flow};
 use super::metrics::Metrics;
+use crate::terminal::Escaped;
 
 /// The longest text of a request that goes into the log, in characters.
 const MAX_TEXT: usize = 512;
@@ -35,10 +36,10 @@ impl Observer {
     pub fn new(metrics: Arc<Metrics>, log: &Path) -> anyhow::Result<Self> {
         let log: Option<Box<dyn Write + Send>> = match log.to_str() {
             Some("none") => None,
-            Some("-") => Some(Box::new(io::stdout())),
+            Some("-") => Some(Box::new(Escaped(io::stdout()))),
             _ => {
                 let file: io::Result<File> = OpenOptions::new().create(true).append(true).open(log);
-                Some(Box::new(file.with_context(|| log.display().to_string())?))
+                Some(Box::new(Escaped(file.with_context(|| log.display().to_string())?)))
             }
         };
         Ok(Self { metrics, log: log.map(Mutex::new) })

@@ -23,7 +23,6 @@ use super::metrics::Metrics;
 use super::pool::Pool;
 use crate::catalog::{Catalog, SIGNATURE};
 use crate::mirror::release::{relocate, version_of};
-use crate::mirror::version::{check_name, compare};
 use crate::produce::Check;
 use crate::progress::Progress;
 use crate::recipe::{Artifact, NamedFile, Tier};
@@ -32,6 +31,7 @@ use crate::sink::Output;
 use crate::source::Source;
 use crate::store::{STREAM, STREAM_SIGNATURE, Store};
 use crate::stream::Stream;
+use crate::version::{check_name, compare};
 
 /// A file that is offered.
 pub struct Entry {

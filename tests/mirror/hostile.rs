@@ -1,6 +1,7 @@
 //! What must not become visible: bad signatures, bad bodies, bad names.
 
 use std::fs;
+use std::path::Path;
 
 use rehydrator::http::{Http, Retry};
 use rehydrator::mirror::config::{Config, Defaults};
@@ -8,7 +9,7 @@ use rehydrator::mirror::{self, Options};
 use rehydrator::progress::{Mode, Progress};
 use serde_json::{Value, json};
 
-use crate::mirror::site::{Site, names};
+use crate::mirror::site::{Site, fails, names, ok, rehydrator, text};
 use crate::tools::{LATER, Nginx, Server, THEN, answer, noise, whole};
 
 const DIR: &str = "stable/amd64-usr/1.0.0";
@@ -268,7 +269,10 @@ fn no_room() {
     let site = Site::new();
     site.release("stable", "1.0.0", &[("image", b"image")]);
     let mut files = std::collections::HashMap::new();
-    files.insert("stable/amd64-usr/current/version.txt".into(), b"FLATCAR_VERSION_ID=1.0.0\n".to_vec());
+    let names = ["current/version.txt", "1.0.0/version.txt", "1.0.0/version.txt.sig"];
+    for name in names.map(|name| format!("stable/amd64-usr/{name}")) {
+        files.insert(name.clone(), fs::read(site.www(&name)).unwrap());
+    }
     files.insert(format!("{DIR}/"), b"<a href=image.sig>".to_vec());
     let server = Server::new(move |request, _| match request.method.as_str() {
         "HEAD" => {
@@ -283,4 +287,133 @@ fn no_room() {
         "{failed:?}"
     );
     assert!(server.gets(&format!("{DIR}/image")).is_empty());
+}
+
+/// Files of an older version in the directory of a newer one: each is signed, and none of them says of which it is.
+#[test]
+fn files_of_another_version() {
+    let site = Site::new();
+    site.release("stable", "1.0.0", &[("image", b"old")]);
+    let nginx = Nginx::with(&site.www(""), "autoindex on;");
+    site.config(&source(&nginx.url));
+    site.mirror(&[]).good();
+    let www = |path: &str| site.www(&format!("stable/amd64-usr/{path}"));
+    // What says that it is current is not signed: nobody can sign that.
+    let lie = |version: &str| {
+        let dir = www(version);
+        fs::create_dir_all(&dir).unwrap();
+        for name in ["image", "image.sig", "version.txt", "version.txt.sig"] {
+            fs::copy(www("1.0.0").join(name), dir.join(name)).unwrap();
+        }
+        let _ = fs::remove_file(www("current"));
+        fs::create_dir_all(www("current")).unwrap();
+        fs::write(www("current/version.txt"), format!("FLATCAR_VERSION_ID={version}\n")).unwrap();
+    };
+    lie("9.9.0");
+    let expected =
+        ["stable: the server has no signature for what names the current version, which was signed before: \
+                     --allow-downgrade takes it"];
+    assert_eq!(site.mirror(&[]).failed(), expected);
+    let expected = ["all/9.9.0: version.txt: expected version 9.9.0, found 1.0.0"];
+    assert_eq!(site.mirror(&["--allow-downgrade"]).failed(), expected);
+    assert!(!site.dest("all/9.9.0").exists());
+    assert_eq!(fs::read_link(site.dest("stable/current")).unwrap(), Path::new("../all/1.0.0"));
+    // Nor without it, nor without its signature.
+    for name in ["version.txt.sig", "version.txt"] {
+        fs::remove_file(www("9.9.0").join(name)).unwrap();
+        let failed = site.mirror(&["--allow-downgrade"]).failed();
+        assert!(failed.len() == 1 && failed[0].starts_with("all/9.9.0: version.txt: "), "{failed:?}");
+    }
+
+    // One that a mirror has already disappears when it is checked again, and the right one comes back.
+    fs::rename(site.dest("all/1.0.0"), site.dest("all/9.9.0")).unwrap();
+    for link in ["9.9.0", "current"] {
+        let _ = fs::remove_file(site.dest("stable").join(link));
+        std::os::unix::fs::symlink("../all/9.9.0", site.dest("stable").join(link)).unwrap();
+    }
+    fs::remove_dir_all(www("current")).unwrap();
+    std::os::unix::fs::symlink("1.0.0", www("current")).unwrap();
+    let failed = site.mirror(&["--verify", "--allow-downgrade"]).failed();
+    let expected = ["all/9.9.0/version.txt: expected version 9.9.0, found 1.0.0: all/9.9.0 removed"];
+    assert_eq!(failed, expected);
+    assert!(!site.dest("all/9.9.0").exists());
+    assert_eq!(fs::read_link(site.dest("stable/current")).unwrap(), Path::new("../all/1.0.0"));
+    assert_eq!(site.mirror(&["--verify"]).good().counts(), (0, 2));
+    assert!(fs::symlink_metadata(site.dest("stable/9.9.0")).is_err());
+}
+
+/// Indexes that list more than anybody can get.
+#[test]
+fn endless_indexes() {
+    let site = Site::new();
+    site.release("stable", "9.0.0", &[("image", b"image")]);
+    let nginx = Nginx::with(&site.www(""), "autoindex on;");
+    let mut config = source(&nginx.url);
+    config["sources"][0]["versions"] = json!({"minimum": "1"});
+    site.config(&config);
+    let listing = |links: usize| -> String { (0..links).map(|i| format!("<a href=8.{i}/>")).collect() };
+    site.put("stable/amd64-usr/index.html", listing(1000).as_bytes());
+    let failed = site.mirror(&[]).failed();
+    let expected =
+        "stable amd64: 1001 versions to mirror, more than 1000: keep, or a later minimum, takes fewer";
+    assert_eq!(failed, [expected]);
+    // With a limit of one's own.
+    config["sources"][0]["keep"] = json!(1);
+    site.config(&config);
+    site.mirror(&[]).good();
+    let links = format!("{}/stable/amd64-usr/: an index of more than 20000 links", nginx.url);
+    site.put("stable/amd64-usr/index.html", listing(20_001).as_bytes());
+    assert_eq!(site.mirror(&[]).failed(), [format!("stable amd64: {links}")]);
+    // Too long, whatever it lists.
+    site.put("stable/amd64-usr/index.html", &vec![b' '; (4 << 20) + 1]);
+    let failed = site.mirror(&[]).failed();
+    assert!(failed[0].ends_with("/stable/amd64-usr/: more than 4194304 bytes"), "{failed:?}");
+}
+
+#[test]
+fn no_more_than_the_limit() {
+    let site = Site::new();
+    site.release("stable", "1.0.0", &[("image", &[7; 5000]), ("other", &[8; 5000])]);
+    let nginx = Nginx::with(&site.www(""), "autoindex on;");
+    site.config(&source(&nginx.url));
+    let failed = site.mirror(&["--max-download=8K"]).failed();
+    assert!(
+        failed.len() == 1 && failed[0].ends_with(": more than 8192 bytes in all: --max-download allows more"),
+        "{failed:?}"
+    );
+    assert_eq!(site.mirror(&["--max-download=8K"]).good().counts(), (1, 2));
+}
+
+/// What a server calls its files is seen, and does nothing else.
+#[test]
+fn names_do_not_drive_the_terminal() {
+    let site = Site::new();
+    site.release("stable", "1.0.0", &[("image", b"image")]);
+    let nginx = Nginx::serve(&site.www(""));
+    let names = ["\x1b]0;title\x07", "\u{9b}2Jx", "gpj.\u{202e}exe:", "a\r\nfailed b: c"];
+    let mut html = "<a href=image.sig><a href=version.txt.sig>".to_owned();
+    html.extend(names.map(|name| format!("<a href='{name}'>")));
+    site.put(&format!("{DIR}/index.html"), html.as_bytes());
+    site.config(&source(&nginx.url));
+    let active = |c: char| c.is_control() && c != '\n' || ['\u{202e}', '\u{9b}'].contains(&c);
+    let shown = ["\\u001b]0;title\\u0007", "\\u009b2Jx", "gpj.\\u202eexe:"];
+    for how in [&[][..], &["--json"]] {
+        let output = site.command().args(how).env("REHYDRATOR_LOG", "trace").output().unwrap();
+        for text in [text(&output.stdout), text(&output.stderr)] {
+            assert!(!text.contains(active), "{text:?}");
+        }
+        let stdout = text(&output.stdout);
+        assert!(output.status.success() && shown.iter().all(|name| stdout.contains(name)), "{stdout}");
+        assert!(!stdout.lines().any(|line| line.starts_with("failed b")), "{stdout}");
+    }
+    // In an error that ends the program, and on the way there.
+    site.put("stream.json", b"{\"stream\": \"\\u001b[2J\\u202e\", \"architectures\": {}}");
+    let url = format!("{}/stream.json", nginx.url);
+    let mut init = rehydrator();
+    init.args(["build", "init", "--stream-url", &url, "--workdir"]).arg(site.dir.path());
+    ok(&mut init);
+    let mut download = rehydrator();
+    download.args(["build", "download", "--workdir"]).arg(site.dir.path());
+    let error = fails(&mut download);
+    assert!(!error.contains(active) && error.contains("no signing keys are known"), "{error:?}");
 }

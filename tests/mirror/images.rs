@@ -44,7 +44,7 @@ impl Supply {
         for (_, platform) in document["architectures"]["x86_64"]["artifacts"].as_object_mut().unwrap() {
             platform["release"] = json!(version);
         }
-        self.site.put("streams/test.json", document.to_string().as_bytes());
+        self.site.put(&format!("streams/{stream}.json"), document.to_string().as_bytes());
     }
 
     fn configure(&self, more: &Value) {
@@ -168,12 +168,17 @@ fn an_image_that_fails() {
     supply.mirror(&["--profile", "fast"]).good();
     // The same version of another stream.
     supply.publish("another", "1.0");
+    supply.configure(&json!({"formats": ["raw.gz"], "streams": ["another"]}));
     let image = format!("{}/coreos/disks:1.0", supply.registry.address);
     let summary = supply.mirror(&[]);
-    assert_eq!(summary.failed(), [format!("image of test: {image}: it is of stream test, not of another")]);
+    assert_eq!(
+        summary.failed(),
+        [format!("image of another: {image}: it is of stream test, not of another")]
+    );
     assert_eq!(summary.0["channels"][0]["complete"], true);
     assert_eq!(summary.0["images"], Value::Null);
     supply.publish("test", "2.0");
+    supply.configure(&json!({"formats": ["raw.gz"]}));
     let unwritable = supply.site.dir.path().join("file");
     fs::write(&unwritable, "").unwrap();
     let summary = supply.mirror(&["--workdir", unwritable.to_str().unwrap()]);

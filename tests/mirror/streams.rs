@@ -270,7 +270,9 @@ fn without_signatures_only_when_told_so() {
     let site = Site::new();
     let nginx = Nginx::serve(&site.www(""));
     let archs = release(&site, &nginx, "9.6.20260101-0", false);
-    site.put("streams/rhcos.json", document("9.6.20260101-0", &archs).to_string().as_bytes());
+    let mut document = document("9.6.20260101-0", &archs);
+    document["stream"] = json!("rhcos");
+    site.put("streams/rhcos.json", document.to_string().as_bytes());
     let mut source = json!({"type": "stream", "streams": ["rhcos"], "url": format!("{}/streams/{{stream}}.json", nginx.url)});
     site.config(&json!({"sources": [source.clone()]}));
     let failed = site.mirror(&[]).failed();
@@ -359,4 +361,95 @@ fn the_published_documents() {
         assert_eq!(locations, files);
         assert_eq!(plan.current.as_ref(), plan.versions.first().map(|v| &v.name));
     }
+}
+
+/// A stream is what was asked for, no older than it was, and signed if it was.
+#[test]
+fn a_stream_does_not_go_backwards() {
+    let (site, nginx) = server();
+    let mut source = source(&nginx);
+    source["formats"] = json!(["iso"]);
+    let configure = |source: &Value| site.config(&json!({"sources": [source]}));
+    configure(&source);
+    let archs = |version| release(&site, &nginx, version, true);
+    let (old, new) = (archs(OLD), archs(NEW));
+    let put = |document: &Value| site.put("streams/stable.json", document.to_string().as_bytes());
+    let put_signed =
+        |document: &Value| site.put_signed("streams/stable.json", document.to_string().as_bytes());
+    let current = || fs::read_link(site.dest("stable/current")).unwrap();
+    let failed = |more: &[&str]| {
+        let failed = site.mirror(more).failed();
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        failed[0].clone()
+    };
+    let url = format!("{}/streams/stable.json", nginx.url);
+
+    // Another stream, signed by the same key.
+    let mut testing = document(NEW, &new);
+    testing["stream"] = json!("testing");
+    put_signed(&testing);
+    let expected = format!("stable: {url}: stream metadata: expected stream \"stable\", found \"testing\"");
+    assert_eq!(failed(&["--allow-downgrade"]), expected);
+    assert_eq!(names(&site.tree()), [""; 0]);
+
+    put_signed(&document(NEW, &new));
+    site.mirror(&[]).good();
+    let before = site.tree();
+    // One architecture is older, then both are.
+    let mut mixed = document(NEW, &new);
+    mixed["architectures"]["aarch64"] = document(OLD, &old)["architectures"]["aarch64"].clone();
+    put_signed(&mixed);
+    let older = |arch: &str| {
+        format!(
+            "stable: the server offers version {OLD} for {arch}, older than {NEW}, which the mirror had: --allow-downgrade takes it"
+        )
+    };
+    assert_eq!(failed(&[]), older("aarch64"));
+    put_signed(&document(OLD, &old));
+    assert_eq!(failed(&[]), older("aarch64"));
+    // The same document without its signature.
+    put(&document(NEW, &new));
+    fs::remove_file(site.www("streams/stable.json.sig")).unwrap();
+    let unsigned = "stable: the server has no signature for what names the current version, which was signed before: \
+                    --allow-downgrade takes it";
+    assert_eq!(failed(&[]), unsigned);
+    assert_eq!(site.tree(), before);
+
+    // The option takes it, and no signature of another document stays.
+    put(&document(OLD, &old));
+    let output = site.command().arg("--allow-downgrade").output().unwrap();
+    assert!(output.status.success() && text(&output.stderr).contains("taken because of --allow-downgrade"));
+    assert_eq!(current(), Path::new("../all").join(OLD));
+    let upstream = site.dest("streams/stable.upstream.json");
+    assert_eq!(fs::read_to_string(&upstream).unwrap(), document(OLD, &old).to_string());
+    assert!(!site.dest("streams/stable.upstream.json.sig").exists());
+    site.mirror(&[]).good();
+
+    // The configuration may say which version is current, and a minimum holds for all.
+    source["versions"] = json!({"minimum": NEW});
+    configure(&source);
+    assert_eq!(failed(&[]), format!("stable: the current version is {OLD}, which is before {NEW}"));
+    put(&mixed);
+    assert_eq!(failed(&[]), format!("stable: the current version is {OLD}, which is before {NEW}"));
+    put(&document(NEW, &new));
+    site.mirror(&[]).good();
+    assert_eq!(current(), Path::new("../all").join(NEW));
+    source["versions"] = json!({"pin": [OLD]});
+    configure(&source);
+    site.mirror(&[]).good();
+    assert_eq!(current(), Path::new("../all").join(OLD));
+
+    // What was mirrored by a program that did not write down what it had.
+    let state = site.dest(".rehydrator/state.json");
+    let mut json: Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    let channel = json["channels"]["stable"].as_object_mut().unwrap();
+    assert!(channel.remove("newest").is_some());
+    fs::write(&state, json.to_string()).unwrap();
+    source["versions"] = json!({});
+    configure(&source);
+    put(&document(OLDER, &archs(OLDER)));
+    let expected = format!(
+        "stable: the server offers version {OLDER}, older than {OLD}, which is current: --allow-downgrade takes it"
+    );
+    assert_eq!(failed(&[]), expected);
 }

@@ -98,8 +98,8 @@ fn the_tree_of_the_oppositus_readme() {
         after.remove(after.iter().position(|l| *l == line).unwrap());
     }
     assert!(
-        after.iter().all(|l| l.contains("version.txt") || l.contains("/ 200 ")) && after.len() == 6,
-        "only version.txt, its signature, and the index: {after:#?}"
+        after.iter().all(|l| l.contains("version.txt") || l.contains("/ 200 ")) && after.len() == 10,
+        "only version.txt of the channel and of the version, their signatures, and the index: {after:#?}"
     );
     assert_eq!(site.tree(), tree);
 }
@@ -208,8 +208,18 @@ fn versions_come_and_go() {
 
     // Upstream goes back: what `current` names stays, whatever else is newer.
     release("8.0.0");
-    site.mirror(&[]).good();
+    let refused = |arch: &str, channel: &str| {
+        format!(
+            "flatcar/{channel}: the server offers version 8.0.0 for {arch}, older than 10.1.0, which the mirror had: \
+             --allow-downgrade takes it"
+        )
+    };
+    assert_eq!(site.mirror(&[]).failed(), [refused("arm64", "stable/arm64"), refused("amd64", "stable")]);
+    assert!(links().contains(&"stable/current -> ../all/10.1.0".to_owned()), "{:?}", links());
+    site.mirror(&["--allow-downgrade"]).good();
     assert!(links().contains(&"stable/current -> ../all/8.0.0".to_owned()), "{:?}", links());
+    // What was allowed once is what the mirror has now.
+    site.mirror(&[]).good();
     assert!(site.dest("flatcar/all/8.0.0").exists());
     gc(&[]);
     assert!(site.dest("flatcar/all/8.0.0").exists() && site.dest("flatcar/all/10.1.0").exists());

@@ -259,11 +259,16 @@ impl Podman {
         Self { home: home.to_owned(), storage: tempfile::tempdir().unwrap() }
     }
 
-    pub fn output(&self, words: &[&str]) -> Output {
+    pub fn command(&self) -> Command {
         let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/ci/podman"));
         command.env("HOME", &self.home).stdin(Stdio::null());
         command.args(["--storage-driver=vfs", "--root"]).arg(self.storage.path().join("root"));
-        command.arg("--runroot").arg(self.storage.path().join("run")).args(words).output().unwrap()
+        command.arg("--runroot").arg(self.storage.path().join("run"));
+        command
+    }
+
+    pub fn output(&self, words: &[&str]) -> Output {
+        self.command().args(words).output().unwrap()
     }
 
     /// What skopeo calls an image that it has.

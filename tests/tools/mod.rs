@@ -30,6 +30,11 @@ impl Gpg {
         Self(tempfile::Builder::new().prefix("gpg").tempdir().unwrap())
     }
 
+    /// The directory, as $GNUPGHOME has it.
+    pub fn home(&self) -> &Path {
+        self.0.path()
+    }
+
     /// Runs gpg as if it were `time`, and gives what it prints.
     pub fn run(&self, time: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
         let mut gpg = Command::new("gpg");
@@ -40,15 +45,24 @@ impl Gpg {
         }
         let piped = gpg.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = piped.spawn().expect("gpg is needed: install gpg");
-        child.stdin.take().unwrap().write_all(input).unwrap();
-        let output = child.wait_with_output().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        // It writes before it has read everything.
+        let output = std::thread::scope(|scope| {
+            scope.spawn(move || stdin.write_all(input).unwrap());
+            child.wait_with_output().unwrap()
+        });
         assert!(output.status.success(), "gpg {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         output.stdout
     }
 
     /// Makes a key and gives its fingerprint.
     pub fn key(&self, time: &str, name: &str, expires: &str) -> String {
-        self.run(time, &["--quick-generate-key", name, "ed25519", "sign", expires], b"");
+        self.key_of("ed25519", time, name, expires)
+    }
+
+    /// The same, of an algorithm.
+    pub fn key_of(&self, algorithm: &str, time: &str, name: &str, expires: &str) -> String {
+        self.run(time, &["--quick-generate-key", name, algorithm, "sign", expires], b"");
         let list =
             String::from_utf8(self.run(time, &["--with-colons", "--list-keys", &format!("={name}")], b""));
         let list = list.unwrap();
@@ -221,8 +235,8 @@ pub struct Request {
     pub from: Option<usize>,
 }
 
-/// What to do with the n-th request of a method for a name: bytes to send before the connection is closed.
-pub type Answer = dyn Fn(&Request, usize) -> Vec<u8> + Send + Sync;
+/// What to do with the n-th request of a method for a name, before the connection is closed.
+pub type Answer = dyn Fn(&Request, usize, &mut TcpStream) + Send + Sync;
 
 pub struct Server {
     pub url: String,
@@ -230,8 +244,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves until the test ends. HEAD is answered with 405, unless `answer` sees to it.
+    /// Serves until the test ends: the n-th request of a method for a name gets the bytes that `answer` gives. HEAD is
+    /// answered with 405, unless `answer` sees to it.
     pub fn new(answer: impl Fn(&Request, usize) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self::streaming(move |request, n, to| {
+            // Who asked may have gone.
+            let _ = to.write_all(&answer(request, n));
+        })
+    }
+
+    /// The same, with an answer that takes its time.
+    pub fn streaming(answer: impl Fn(&Request, usize, &mut TcpStream) + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -272,8 +295,7 @@ fn serve(mut stream: TcpStream, answer: &Answer, log: &Mutex<Vec<Request>>) {
         log.push(request.clone());
         log.iter().filter(|r| r.method == request.method && r.name == request.name).count() - 1
     };
-    // Who asked may have gone.
-    let _ = stream.write_all(&answer(&request, n));
+    answer(&request, n, &mut stream);
 }
 
 pub fn answer(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {

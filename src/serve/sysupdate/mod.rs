@@ -143,6 +143,12 @@ struct Offer {
 /// `ConnectInfo<SocketAddr>`, where the server gives that.
 pub fn router(options: Options) -> Result<Router> {
     let Options { registry, client, repositories, keys, redirect, ttl, downloads_per_client } = options;
+    if keys.iter().any(|key| key.signer.is_rsa()) {
+        tracing::warn!(
+            "--sign-key: an RSA key: how long a signature takes depends on the key, and clients can measure it \
+             (RUSTSEC-2023-0071): an Ed25519 key is safe"
+        );
+    }
     let scope = Scope::new(repositories, keys)?;
     let tls_verify = client.tls_verify && !registry.plain;
     let mut client = registry::Options { tls_verify, retry: RETRY, ..client };

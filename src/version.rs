@@ -1,8 +1,10 @@
-//! Names of versions: `899.17.0`, `44.20260707.3.1`. They become names of directories, and are ordered by number.
+//! Names of versions: `899.17.0`, `44.20260707.3.1`. They become names of directories, and are ordered by number. What
+//! has been had once is not replaced by something older, unless the user says so.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 /// The longest name of a version, in bytes.
 const MAX_VERSION: usize = 100;
@@ -33,4 +35,35 @@ pub fn compare(a: &str, b: &str) -> Ordering {
         version.split(|c: char| !c.is_ascii_alphanumeric()).map(part).collect()
     };
     parts(a).cmp(&parts(b)).then_with(|| a.cmp(b))
+}
+
+/// A version that is older than one there was before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Older<'a> {
+    /// The architecture.
+    pub arch: &'a str,
+    /// The version there is now.
+    pub found: &'a str,
+    /// The version there was.
+    pub had: &'a str,
+}
+
+/// The first architecture whose version in `found` is older than that in `had`.
+pub fn older<'a>(
+    found: &'a BTreeMap<String, String>,
+    had: &'a BTreeMap<String, String>,
+) -> Option<Older<'a>> {
+    found.iter().find_map(|(arch, found)| {
+        let had = had.get(arch).filter(|had| compare(found, had).is_lt())?;
+        Some(Older { arch, found, had })
+    })
+}
+
+/// What to do about something that goes backwards: an error that names the option which allows it, or a warning.
+pub fn backwards(what: &str, allowed: bool) -> Result<()> {
+    if !allowed {
+        bail!("{what}: --allow-downgrade takes it");
+    }
+    tracing::warn!("{what}: taken because of --allow-downgrade");
+    Ok(())
 }
