@@ -189,11 +189,8 @@ fn manifests_that_are_large() {
         }
     });
     let serve = serve(&server, &[]);
-    let mut names: Vec<_> = (0..15).map(|n| format!("os-{}.raw", 2 * n + 1)).collect();
-    names.sort();
-    assert_eq!(serve.names("os"), names);
+    assert!(serve.names("os").is_empty());
     assert!(serve.peak() < 200, "{} MiB", serve.peak());
-    assert!(
-        serve.log().contains("/os:0: left out: not a manifest of an image: a list of more than 4096 entries")
-    );
+    let log = serve.log();
+    assert_eq!(log.matches(": left out: a document of ").count(), 30, "{log}");
 }
