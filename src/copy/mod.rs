@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::image::{Descriptor, ImageIndex, MediaType};
+use oci_spec::image::{Descriptor, MediaType};
 use rayon::prelude::*;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -27,7 +27,9 @@ use crate::mirror::filter::{Filter, Filters};
 use crate::oci::layout::{Destination, Staging};
 use crate::oci::sign::Policy;
 use crate::progress::Progress;
-use crate::registry::{Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index};
+use crate::registry::{
+    Client, Manifest, Options as RegistryOptions, Platform, Pushed, Reference, is_index, parse_index,
+};
 use crate::transport::{self, MAX_LAYERS, MAX_MANIFESTS, Totals, Transport, belongs, blob_path};
 
 /// How many blobs of an image are copied at once.
@@ -238,7 +240,7 @@ impl<'a> Copier<'a> {
 
     /// The index with these platforms alone, or the image if it is only one.
     fn only(&self, root: &Manifest, platforms: &[Platform]) -> Result<Manifest> {
-        let index: ImageIndex = serde_json::from_slice(&root.bytes).context("not an image index")?;
+        let index = parse_index(&root.bytes)?;
         let mut picked: Vec<Descriptor> = Vec::new();
         for platform in platforms {
             let image = platform.pick(&index)?;

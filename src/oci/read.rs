@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
+use oci_spec::image::{Descriptor, ImageManifest, MediaType};
 
 use super::ANNOTATION_FILES;
 use super::kept::{self, Kept, PIECE};
@@ -21,7 +21,7 @@ use crate::bounded::shown;
 use crate::digest::{Digest, Hasher};
 use crate::progress::Progress;
 use crate::recipe::Blob;
-use crate::registry::{Manifest, Options, Reference, TRANSPORT, is_index};
+use crate::registry::{Manifest, Options, Reference, TRANSPORT, is_index, parse_index};
 use crate::source::{Slice, Source};
 use crate::store::{self, BLOBS, Files, Store};
 use crate::transport::{self, Totals, Transport};
@@ -116,8 +116,7 @@ impl Image {
         if !is_index(&self.root.media_type) {
             return Ok(vec![parse(&self.root)?]);
         }
-        let index: ImageIndex =
-            serde_json::from_slice(&self.root.bytes).with_context(|| self.name.clone())?;
+        let index = parse_index(&self.root.bytes).with_context(|| self.name.clone())?;
         index
             .manifests()
             .iter()

@@ -16,6 +16,6 @@ mod reference;
 
 pub use auth::{Credentials, Files};
 pub use client::{BlobReader, Client, MAX_ARCHIVE, MAX_MANIFEST, Manifest, Open, Options, not_found};
-pub use platform::{Platform, image_arch, is_index};
+pub use platform::{Platform, image_arch, is_index, parse_index};
 pub use push::Pushed;
 pub use reference::{Reference, TRANSPORT};

@@ -5,6 +5,7 @@ use std::fmt;
 use anyhow::{Context, Result, ensure};
 use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{Client, Manifest, Reference};
 use crate::bounded::{names, shown};
@@ -84,7 +85,8 @@ impl Platform {
         }
     }
 
-    /// The image for this platform in `index`. The error names those that there are.
+    /// The image for this platform in `index`: as skopeo and podman do, one that does not say what it is for is taken when no
+    /// other fits. The error names those that there are.
     pub fn pick<'a>(&self, index: &'a ImageIndex) -> Result<&'a Descriptor> {
         let of = |image: &Descriptor| {
             let platform = image.platform().as_ref()?;
@@ -95,8 +97,11 @@ impl Platform {
             })
         };
         let fitting = index.manifests().iter().filter_map(|image| Some((self.fit(&of(image)?)?, image)));
-        fitting.min_by_key(|(fit, _)| *fit).map(|(_, image)| image).with_context(|| {
-            format!("no image for {self}; there are: {}", names(index.manifests().iter().filter_map(of)))
+        let picked = fitting.min_by_key(|(fit, _)| *fit).map(|(_, image)| image);
+        let for_any = || index.manifests().iter().find(|image| image.platform().is_none());
+        picked.or_else(for_any).with_context(|| match &index.manifests()[..] {
+            [] => format!("no image for {self}: the index is empty"),
+            all => format!("no image for {self}; there are: {}", names(all.iter().filter_map(of))),
         })
     }
 
@@ -119,6 +124,30 @@ impl fmt::Display for Platform {
     }
 }
 
+/// Reads an index of images as Go's types do: an empty `variant` is none. What a `platform` does not say is `unknown`, which is
+/// what attestations say they are for.
+pub fn parse_index(bytes: &[u8]) -> Result<ImageIndex> {
+    let read = || -> serde_json::Result<ImageIndex> {
+        let mut index: Value = serde_json::from_slice(bytes)?;
+        let images = index.get_mut("manifests").and_then(Value::as_array_mut);
+        for platform in
+            images.into_iter().flatten().filter_map(|image| image.get_mut("platform")?.as_object_mut())
+        {
+            for key in ["os", "architecture"] {
+                let said = platform.entry(key).or_insert(Value::Null);
+                if said.is_null() || said == "" {
+                    *said = "unknown".into();
+                }
+            }
+            if platform.get("variant").is_some_and(|variant| variant == "") {
+                platform.remove("variant");
+            }
+        }
+        serde_json::from_value(index)
+    };
+    read().context("not an index of images")
+}
+
 /// Whether a manifest is an index of others.
 pub fn is_index(media_type: &MediaType) -> bool {
     let docker = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -134,7 +163,7 @@ impl Client {
             self.check_platform(reference, &manifest, platform).with_context(at)?;
             return Ok(manifest.digest);
         }
-        let index: ImageIndex = serde_json::from_slice(&manifest.bytes).with_context(at)?;
+        let index = parse_index(&manifest.bytes).with_context(at)?;
         platform.pick(&index).and_then(|image| Ok(image.digest().to_string().parse()?)).with_context(at)
     }
 
@@ -199,6 +228,33 @@ mod tests {
         assert_eq!(at("amd64", Some("v1")), Some(5));
         let e = wanted("s390x", None).pick(&index).unwrap_err().to_string();
         assert!(e.starts_with("no image for linux/s390x; there are: windows/amd64, linux/arm/v5, "), "{e}");
+    }
+
+    #[test]
+    fn platforms_that_say_little() {
+        let pick = |platforms: &[&str]| {
+            let image = |platform: &&str| {
+                let digest = "0".repeat(64);
+                format!(
+                    r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":"sha256:{digest}"{platform}}}"#
+                )
+            };
+            let images: Vec<_> = platforms.iter().map(image).collect();
+            let json = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, images.join(","));
+            let index = parse_index(json.as_bytes()).unwrap();
+            let at = |image| index.manifests().iter().position(|other| std::ptr::eq(other, image));
+            wanted("amd64", None).pick(&index).map(|image| at(image).unwrap()).map_err(|e| e.to_string())
+        };
+        let amd64 = r#","platform":{"os":"linux","architecture":"amd64"}"#;
+        let no_variant = r#","platform":{"os":"linux","architecture":"amd64","variant":""}"#;
+        let no_os = r#","platform":{"architecture":"amd64"}"#;
+        assert_eq!(pick(&[no_os, no_variant]), Ok(1));
+        assert_eq!(pick(&[r#","platform":{}"#, r#","platform":null"#, amd64]), Ok(2));
+        assert_eq!(pick(&[no_os, ""]), Ok(1));
+        assert_eq!(pick(&[""]), Ok(0));
+        let e = "no image for linux/amd64; there are: unknown/amd64, unknown/unknown";
+        assert_eq!(pick(&[no_os, r#","platform":{"os":""}"#]), Err(e.into()));
+        assert_eq!(pick(&[]), Err("no image for linux/amd64: the index is empty".into()));
     }
 
     #[test]

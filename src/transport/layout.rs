@@ -13,6 +13,7 @@ use super::{MAX_DOCUMENT, Manifest, Transport, belongs, signature_file};
 use crate::bounded::names;
 use crate::digest::Digest;
 use crate::openpgp::MAX_SIGNATURE;
+use crate::registry::parse_index;
 
 /// The file that marks a layout and says its version.
 pub const LAYOUT: &str = "oci-layout";
@@ -76,7 +77,7 @@ pub(super) fn split(reference: &str) -> (&str, Option<&str>) {
 
 impl Layout {
     fn index(&self) -> Result<ImageIndex> {
-        serde_json::from_slice(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)
+        parse_index(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)
     }
 }
 

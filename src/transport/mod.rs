@@ -19,11 +19,11 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, MediaType};
+use oci_spec::image::{Descriptor, ImageManifest, MediaType};
 
 use crate::bounded::shown;
 use crate::digest::Digest;
-use crate::registry::{Manifest, Options, Platform, Reference, is_index};
+use crate::registry::{Manifest, Options, Platform, Reference, is_index, parse_index};
 
 pub use layout::{BLOBS, DEFAULT_TAG, INDEX, LAYOUT, blob_path, check_version};
 
@@ -135,7 +135,7 @@ pub fn image(transport: &dyn Transport, wanted: &Platform) -> Result<Image> {
             let manifest = manifest(&document)?;
             return Ok(Image { digest: document.digest, manifest, root });
         }
-        let index: ImageIndex = serde_json::from_slice(&document.bytes).context("not an image index")?;
+        let index = parse_index(&document.bytes)?;
         document = checked(transport, wanted.pick(&index)?)?;
     }
     bail!("indexes nested more than {MAX_NESTED} deep")

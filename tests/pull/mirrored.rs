@@ -40,16 +40,22 @@ fn image(dir: &Path, name: &str, seed: u64) -> String {
 
 /// Makes a layout with one image one with an index of three platforms of it.
 fn with_index(dir: &Path) {
+    let platform = |arch: &str| json!({ "os": "linux", "architecture": arch });
+    let arm = json!({ "os": "linux", "architecture": "arm", "variant": "v7" });
+    with_platforms(dir, &[platform("amd64"), arm, platform("s390x")]);
+}
+
+/// The same, with an index of these platforms; `null` is none.
+fn with_platforms(dir: &Path, platforms: &[Value]) {
     let index: Value = serde_json::from_slice(&fs::read(dir.join("index.json")).unwrap()).unwrap();
-    let platforms = [("amd64", None), ("arm", Some("v7")), ("s390x", None)];
-    let manifests = platforms.map(|(arch, variant)| {
+    let manifest = |platform: &Value| {
         let mut manifest = index["manifests"][0].clone();
-        manifest["platform"] = json!({ "os": "linux", "architecture": arch });
-        if let Some(variant) = variant {
-            manifest["platform"]["variant"] = variant.into();
+        if !platform.is_null() {
+            manifest["platform"] = platform.clone();
         }
         manifest
-    });
+    };
+    let manifests: Vec<_> = platforms.iter().map(manifest).collect();
     let media_type = "application/vnd.oci.image.index.v1+json";
     let list = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests }).to_string();
     let digest = Digest::of(list.as_bytes());
@@ -58,6 +64,43 @@ fn with_index(dir: &Path) {
         "annotations": { "org.opencontainers.image.ref.name": "latest" } });
     fs::write(dir.join("index.json"), json!({ "schemaVersion": 2, "manifests": [entry] }).to_string())
         .unwrap();
+}
+
+/// Indexes that say less of their images than they could: skopeo takes an image out of each.
+#[test]
+fn platforms_that_say_little() {
+    let dir = tempfile::tempdir().unwrap();
+    let amd64 = json!({ "os": "linux", "architecture": "amd64" });
+    let empty_variant = json!({ "os": "linux", "architecture": "amd64", "variant": "" });
+    let attestation = json!({ "os": "unknown", "architecture": "unknown" });
+    for (n, platforms) in [
+        vec![empty_variant],
+        vec![amd64.clone(), json!({})],
+        vec![json!({ "architecture": "arm64" }), amd64],
+        vec![Value::Null],
+        vec![attestation, Value::Null],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let here = image(dir.path(), &n.to_string(), 7);
+        with_platforms(&dir.path().join(n.to_string()), &platforms);
+        let copy = dir.path().join(format!("skopeo.{n}"));
+        let to = format!("dir:{}", copy.display());
+        ok(tool("skopeo").args([
+            "copy",
+            "--quiet",
+            "--override-arch=amd64",
+            "--insecure-policy",
+            &here,
+            &to,
+        ]));
+        let expected = Digest::of(&fs::read(copy.join("manifest.json")).unwrap());
+        let mut pull = rehydrator();
+        let out = dir.path().join(format!("out.{n}"));
+        pull.args(["pull", "--cache=no", "--arch=amd64", &here]).arg(out);
+        assert_eq!(said(&mut pull), expected.oci(), "{platforms:?}");
+    }
 }
 
 #[test]

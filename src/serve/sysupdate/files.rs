@@ -1,11 +1,11 @@
 //! What files a manifest is, and what they are called. Pure: documents in, names out.
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::image::{Descriptor, ImageIndex};
+use oci_spec::image::Descriptor;
 use serde::Deserialize;
 
 use crate::digest::Digest;
-use crate::registry::Platform;
+use crate::registry::{Platform, parse_index};
 
 /// A layer that stands for none.
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
@@ -159,7 +159,7 @@ pub(super) struct Images {
 /// Finds of every architecture the image that most machines can run, and those for no platform in particular.
 pub(super) fn of_index(document: &[u8]) -> Result<Images> {
     ensure_short(document)?;
-    let index: ImageIndex = serde_json::from_slice(document).context("not an index of images")?;
+    let index = parse_index(document)?;
     let count = index.manifests().len();
     ensure!(count <= MAX_IMAGES, "{count} images in an index: more than {MAX_IMAGES}");
     let (mut offered, mut left) = (Vec::new(), Vec::new());
