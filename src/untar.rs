@@ -258,7 +258,7 @@ impl<R: Input> Archive<R> {
         let sparse = Sparse::of(extensions)?;
         let named = extensions.path.as_deref().or_else(|| extensions.get("path"));
         let named = extensions.get("GNU.sparse.name").filter(|_| sparse != Sparse::No).or(named);
-        let path = named.map_or_else(|| header.path_bytes().into_owned(), <[u8]>::to_vec);
+        let path = named.map_or_else(|| name_in(header), <[u8]>::to_vec);
         let link = extensions.link.as_deref().or_else(|| extensions.get("linkpath"));
         let link = link.map_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned(), Vec::from);
         let at = || format!("member {:?}", shown(&path));
@@ -472,6 +472,21 @@ fn records(mut bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
         bytes = &bytes[len..];
     }
     Ok(records)
+}
+
+/// The path in a header. Go before 1.8 wrote the prefix of ustar into headers of GNU's format, where the times of access and
+/// change have their place. As Go has done since, what is in that place is a prefix when it is no times.
+fn name_in(header: &Header) -> Vec<u8> {
+    let name = header.path_bytes().into_owned();
+    let Some(gnu) = header.as_gnu() else { return name };
+    let is_time = |field: &[u8], time: io::Result<u64>| field[0] == 0 || or_zero(field, time).is_ok();
+    if is_time(&gnu.atime, gnu.atime()) && is_time(&gnu.ctime, gnu.ctime()) {
+        return name;
+    }
+    match text(&header.as_bytes()[345..500]) {
+        prefix if prefix.is_ascii() && !prefix.is_empty() => [&prefix[..], b"/", &name].concat(),
+        _ => name,
+    }
 }
 
 /// A number field, which may be blank.

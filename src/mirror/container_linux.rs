@@ -90,7 +90,7 @@ pub fn plan(source: &Source, channel: &str, arch: &str, dest: &Path, http: &Http
 
 /// The index of a directory.
 fn index(base: &Url, http: &Http) -> Result<Index> {
-    Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base.path()).with_context(|| base.to_string())
+    Index::parse(&http.get(base.as_str(), MAX_INDEX)?, base).with_context(|| base.to_string())
 }
 
 /// The version that `version.txt` names, and whether that is signed. Where it is, it must be signed right.
@@ -139,6 +139,7 @@ fn files(
     let dir = plan.dir(version);
     let base = base.join(&format!("{version}/"))?;
     let index = index(&base, http)?;
+    ensure!(!index.files.is_empty(), "{base}: the index names no file");
     let text = base.join(VERSION_TXT)?;
     signed_document(&plan.keys, text.as_str(), &dest.join(&dir).join(VERSION_TXT), MAX_VERSION_TXT, http)
         .and_then(|text| check_version(&text, version))

@@ -124,6 +124,18 @@ impl Run<'_> {
                     self.fail(plan.label().display().to_string(), format!("{e:#}"));
                     continue;
                 }
+                if plan.is_empty() {
+                    let left_out = match plan.skipped.len() {
+                        0 => String::new(),
+                        n => format!("; {n} files have no signature or are otherwise left out"),
+                    };
+                    self.fail(
+                        plan.label().display().to_string(),
+                        format!(
+                            "nothing to mirror: the configuration leaves no file of any version{left_out}"
+                        ),
+                    );
+                }
                 for Problem { what, error } in std::mem::take(&mut plan.problems) {
                     self.fail(what, error);
                 }

@@ -162,6 +162,13 @@ impl Plan {
         join(&up.join(ALL).join(version), &self.part)
     }
 
+    /// Whether there are versions, and no file of any, though nothing failed: what a mistake in the configuration makes.
+    pub fn is_empty(&self) -> bool {
+        self.problems.is_empty()
+            && !self.versions.is_empty()
+            && self.versions.iter().all(|version| version.files.is_empty())
+    }
+
     /// Refuses more versions than a channel has; a server that lists more would never be done with.
     pub fn check_count(versions: usize) -> Result<()> {
         ensure!(

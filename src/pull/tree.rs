@@ -265,7 +265,7 @@ impl Tree {
         }
         let parent = match self.open_at_once(path) {
             Err(Errno::NOSYS | Errno::PERM | Errno::NAMETOOLONG | Errno::AGAIN) => self.walk(path, create)?,
-            Err(Errno::NOENT) if create => self.walk(path, true)?,
+            Err(Errno::NOENT | Errno::NOTDIR) if create => self.walk(path, true)?,
             fd => {
                 let fd = fd?;
                 let ino = rustix::fs::fstat(&fd)?.st_ino;
@@ -291,7 +291,8 @@ impl Tree {
         opened
     }
 
-    /// Opens a directory part by part, and makes what is missing if told so. Nobody else changes the tree, so that what
+    /// Opens a directory part by part. With `create`, makes what is missing, also in the place of a file of a lower layer, as
+    /// overlayfs shows it. Nobody else changes the tree, so that what
     /// was found to be a directory still is one.
     fn walk(&mut self, path: &[u8], create: bool) -> Result<Rc<Parent>> {
         let mut stack = vec![Rc::clone(&self.root)];
@@ -309,15 +310,24 @@ impl Tree {
                 }
                 _ => {}
             }
-            let stat = match rustix::fs::statat(&dir.fd, &part[..], NEVER_FOLLOW) {
-                Err(Errno::NOENT) if create => {
+            let kind = |found: rustix::io::Result<rustix::fs::Stat>| {
+                found.map(|stat| FileType::from_raw_mode(stat.st_mode))
+            };
+            let mut found = kind(rustix::fs::statat(&dir.fd, &part[..], NEVER_FOLLOW));
+            if create {
+                let is_file =
+                    matches!(found, Ok(kind) if !matches!(kind, FileType::Directory | FileType::Symlink));
+                let is_replaced = is_file && !self.is_made(dir.ino, &part)?;
+                if is_replaced {
+                    rustix::fs::unlinkat(&dir.fd, &part[..], AtFlags::empty())?;
+                }
+                if is_replaced || found == Err(Errno::NOENT) {
                     self.make_dir(&dir, &part)?;
                     self.implied += 1;
-                    rustix::fs::statat(&dir.fd, &part[..], NEVER_FOLLOW)?
+                    found = Ok(FileType::Directory);
                 }
-                stat => stat?,
-            };
-            match FileType::from_raw_mode(stat.st_mode) {
+            }
+            match found? {
                 FileType::Directory => {
                     let fd = rustix::fs::openat(&dir.fd, &part[..], AS_DIR, Mode::empty())?;
                     let ino = rustix::fs::fstat(&fd)?.st_ino;

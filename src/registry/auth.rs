@@ -17,10 +17,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::Reference;
 use super::reference::DOCKER_HUB;
@@ -143,9 +143,9 @@ impl Files {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct File {
-    #[serde(default)]
-    auths: HashMap<String, Entry>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
+    auths: HashMap<String, Option<Entry>>,
+    #[serde(default, deserialize_with = "or_default")]
     cred_helpers: HashMap<String, String>,
     creds_store: Option<String>,
     /// What Google's key files say they are.
@@ -153,10 +153,37 @@ struct File {
     kind: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Entry {
     auth: Option<String>,
     identitytoken: Option<String>,
+    username: Option<String>,
+    password: Option<String>,
+}
+
+/// As Go reads it: `null` is an empty map.
+fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+impl Entry {
+    /// The credentials in it. An error for what is none.
+    fn credentials(&self) -> Result<Option<Credentials>, &'static str> {
+        let set = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        if let Some(token) = set(&self.identitytoken) {
+            return Ok(Some(Credentials::Refresh(token)));
+        }
+        if let Some(mut auth) = set(&self.auth) {
+            // Go skips the ends of lines, which `base64` puts there.
+            auth.retain(|c| !matches!(c, '\r' | '\n'));
+            let plain = BASE64_STANDARD.decode(auth).ok().and_then(|auth| String::from_utf8(auth).ok());
+            // Docker pads passwords with zero bytes.
+            let found = plain.and_then(|plain| Credentials::parse(plain.trim_end_matches('\0')));
+            return found.map(Some).ok_or("not base64 of USER:PASSWORD");
+        }
+        let both = set(&self.username).zip(self.password.as_ref());
+        Ok(both.map(|(name, password)| Credentials::new(&name, password)))
+    }
 }
 
 /// The file of credentials in `bytes`; nothing in an empty one, such as /dev/null: the way to say that there are none.
@@ -166,17 +193,16 @@ fn parse(bytes: &[u8]) -> Result<Option<File>> {
     }
     // Nothing of the content goes into an error.
     let file = serde_json::from_slice(bytes).map(Some);
-    file.map_err(|e| anyhow::anyhow!("line {}: not a file of credentials", e.line()))
+    file.map_err(|e| anyhow!("line {}: not a file of credentials", e.line()))
 }
 
 /// Whether there are credentials for any repository of the registry of `reference`.
 fn has_any(bytes: &[u8], reference: &Reference) -> Result<bool> {
     let Some(file) = parse(bytes)? else { return Ok(false) };
     let here = |key: &String| normal(key).split('/').next() == Some(reference.registry());
-    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
-    let entry =
-        |(key, entry): (&String, &Entry)| here(key) && (is_set(&entry.auth) || is_set(&entry.identitytoken));
-    if file.auths.iter().any(entry) || file.cred_helpers.keys().any(here) {
+    let is_set = |entry: &Option<Entry>| entry.as_ref().is_some_and(|e| !matches!(e.credentials(), Ok(None)));
+    if file.auths.iter().any(|(key, entry)| here(key) && is_set(entry)) || file.cred_helpers.keys().any(here)
+    {
         return Ok(true);
     }
     // A key of Google's, or a store of credentials, which answers for the registry.
@@ -195,18 +221,12 @@ fn lookup(bytes: &[u8], reference: &Reference) -> Result<Option<Credentials>> {
     if let Some(helper) = keys.iter().find_map(|key| file.cred_helpers.get(key)) {
         return ask(helper, registry);
     }
-    let entries: HashMap<String, &Entry> = file.auths.iter().map(|(k, e)| (normal(k), e)).collect();
+    let entries: HashMap<String, &Option<Entry>> = file.auths.iter().map(|(k, e)| (normal(k), e)).collect();
     for key in keys.iter().map(|key| normal(key)) {
         // A key that is there as it is counts before one that was normalized to it.
-        let Some(entry) = file.auths.get(&key).or_else(|| entries.get(&key).copied()) else { continue };
-        if let Some(token) = entry.identitytoken.as_ref().filter(|token| !token.is_empty()) {
-            return Ok(Some(Credentials::Refresh(token.clone())));
-        }
-        if let Some(auth) = entry.auth.as_ref().filter(|auth| !auth.is_empty()) {
-            let plain = BASE64_STANDARD.decode(auth).ok().and_then(|auth| String::from_utf8(auth).ok());
-            // Docker pads passwords with zero bytes.
-            let found = plain.and_then(|plain| Credentials::parse(plain.trim_end_matches('\0')));
-            return found.map(Some).with_context(|| format!("{key}: not base64 of USER:PASSWORD"));
+        let Some(Some(entry)) = file.auths.get(&key).or_else(|| entries.get(&key).copied()) else { continue };
+        if let Some(found) = entry.credentials().map_err(|why| anyhow!("{key}: {why}"))? {
+            return Ok(Some(found));
         }
     }
     match file.creds_store.filter(|store| !store.is_empty()) {
@@ -260,13 +280,20 @@ fn ask(helper: &str, registry: &str) -> Result<Option<Credentials>> {
     let program = format!("docker-credential-{helper}");
     ensure!(!helper.contains('/'), "{program}: not the name of a credential helper");
     let server = if registry == DOCKER_HUB { DOCKER_HUB_KEY } else { registry };
-    let mut child = Command::new(&program)
+    let spawned = Command::new(&program)
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
-        .spawn()
-        .with_context(|| program.clone())?;
+        .spawn();
+    let mut child = match spawned {
+        // Such as in a file of another machine. The image may be public.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            tracing::warn!("{registry}: no credentials: {program} is not installed");
+            return Ok(None);
+        }
+        spawned => spawned.with_context(|| program.clone())?,
+    };
     if let Some(mut stdin) = child.stdin.take() {
         // One that does not read it does not need it.
         let _ = stdin.write_all(server.as_bytes());
@@ -280,7 +307,7 @@ fn ask(helper: &str, registry: &str) -> Result<Option<Credentials>> {
         bail!("{program}: {}: {}", output.status, text.trim());
     }
     let helped: Helped = serde_json::from_str(&text)
-        .map_err(|_| anyhow::anyhow!("{program}: its answer has no Username and Secret"))?;
+        .map_err(|_| anyhow!("{program}: its answer has no Username and Secret"))?;
     Ok(Some(Credentials::new(&helped.username, &helped.secret)))
 }
 
@@ -323,6 +350,23 @@ mod tests {
     }
 
     #[test]
+    fn files_as_go_reads_them() {
+        for (file, expected) in [
+            (r#"{"auths":null,"credHelpers":null}"#, None),
+            (r#"{"auths":{"h.io":null}}"#, None),
+            (r#"{"auths":{"h.io":{"auth":"YTox\n"}},"credHelpers":null}"#, Some("a:1")),
+            (r#"{"auths":{"h.io":{"auth":"YT\r\nox"}}}"#, Some("a:1")),
+            (r#"{"auths":{"h.io":{"username":"u","password":"p:w"}}}"#, Some("u:p:w")),
+            (r#"{"auths":{"h.io":{"auth":"YTox","username":"u","password":"p"}}}"#, Some("a:1")),
+            (r#"{"auths":{"h.io":{"username":"u"}}}"#, None),
+            (r#"{"credsStore":"no-such-helper"}"#, None),
+            (r#"{"credHelpers":{"h.io":"no-such-helper"}}"#, None),
+        ] {
+            assert_eq!(found(file, "h.io/x").as_deref(), expected, "{file}");
+        }
+    }
+
+    #[test]
     fn credentials_for_any_repository_of_a_registry() {
         let reference = "h.io/x".parse().unwrap();
         for (file, expected) in [
@@ -340,8 +384,7 @@ mod tests {
         ] {
             assert_eq!(has_any(file.as_bytes(), &reference).unwrap(), expected, "{file}");
         }
-        let store = has_any(br#"{"credsStore":"no-such-helper"}"#, &reference).unwrap_err();
-        assert_eq!(store.to_string(), "docker-credential-no-such-helper");
+        assert!(!has_any(br#"{"credsStore":"no-such-helper"}"#, &reference).unwrap());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,7 +22,6 @@ use reqwest::header::{
 };
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use url::Url;
 
 use super::{Credentials, Files, Reference};
@@ -226,8 +226,22 @@ impl Access {
 
 /// Whether `error` is that the registry does not have what was asked for.
 pub fn not_found(error: &anyhow::Error) -> bool {
-    let status = |e: &HttpError| matches!(e, HttpError::Status { status: StatusCode::NOT_FOUND, .. });
-    error.chain().filter_map(|e| e.downcast_ref()).any(status)
+    is_status(error, &[StatusCode::NOT_FOUND])
+}
+
+/// How registries answer that do not keep track of referrers.
+const NO_REFERRERS: [StatusCode; 5] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::NOT_FOUND,
+    StatusCode::METHOD_NOT_ALLOWED,
+    StatusCode::NOT_ACCEPTABLE,
+    StatusCode::NOT_IMPLEMENTED,
+];
+
+/// Whether `error` is an answer with one of these statuses.
+fn is_status(error: &anyhow::Error, statuses: &[StatusCode]) -> bool {
+    let one = |e: &HttpError| matches!(e, HttpError::Status { status, .. } if statuses.contains(status));
+    error.chain().filter_map(|e| e.downcast_ref()).any(one)
 }
 
 impl Client {
@@ -293,18 +307,18 @@ impl Client {
     /// its end, where anything else is an error.
     pub fn blob(&self, reference: &Reference, digest: Digest, size: u64) -> Result<BlobReader> {
         let check = Some((Hasher::new(io::sink()), digest));
-        self.reader(reference, digest, 0, size, check)
+        self.reader(reference, digest, 0..size, size, check)
     }
 
-    /// `len` bytes of a blob from `offset` on. They cannot be checked by its digest: that is up to the caller.
+    /// The bytes in `range` of a blob of `size` bytes. They cannot be checked by its digest: that is up to the caller.
     pub fn blob_range(
         &self,
         reference: &Reference,
         digest: Digest,
-        offset: u64,
-        len: u64,
+        range: Range<u64>,
+        size: u64,
     ) -> Result<BlobReader> {
-        self.reader(reference, digest, offset, offset.saturating_add(len), None)
+        self.reader(reference, digest, range, size, None)
     }
 
     /// A small blob, such as a configuration, checked.
@@ -323,8 +337,8 @@ impl Client {
         &self,
         reference: &Reference,
         digest: Digest,
-        pos: u64,
-        end: u64,
+        range: Range<u64>,
+        size: u64,
         check: Option<(Hasher<io::Sink>, Digest)>,
     ) -> Result<BlobReader> {
         let access = Access::pull(reference);
@@ -336,11 +350,13 @@ impl Client {
             host,
             access,
             url,
-            pos,
-            end,
+            pos: range.start,
+            end: range.end,
+            whole: range.end == size,
+            ranges: true,
             check,
             answer: None,
-            began: pos,
+            began: range.start,
             skip: 0,
             chunk,
             attempts,
@@ -372,7 +388,7 @@ impl Client {
             tags: Option<AtMost<String, MAX_TAGS>>,
         }
         let most = Most { entries: MAX_TAGS, bytes: MAX_TAG_BYTES };
-        let entries = |page: Page| page.tags.unwrap_or_default().0;
+        let entries = |page: &[u8]| Ok(serde_json::from_slice::<Page>(page)?.tags.unwrap_or_default().0);
         self.pages(reference, "tags", "/list?n=1000", most, entries)
     }
 
@@ -381,25 +397,29 @@ impl Client {
     pub fn referrers(&self, reference: &Reference, digest: Digest) -> Result<Option<Vec<Descriptor>>> {
         #[derive(Deserialize)]
         struct Page {
-            manifests: AtMost<Descriptor, MAX_REFERRERS>,
+            manifests: Option<AtMost<Descriptor, MAX_REFERRERS>>,
         }
         let most = Most { entries: MAX_REFERRERS, bytes: MAX_REFERRER_BYTES };
-        let entries = |page: Page| page.manifests.0;
+        // A registry that does not know of referrers may answer with a page for people, or `null`.
+        let entries = |page: &[u8]| match page.trim_ascii_start() {
+            [b'{', ..] => Ok(serde_json::from_slice::<Page>(page)?.manifests.unwrap_or_default().0),
+            _ => Ok(Vec::new()),
+        };
         match self.pages(reference, "referrers", &format!("/{}", digest.oci()), most, entries) {
             Ok(entries) => Ok(Some(entries)),
-            Err(e) if not_found(&e) => Ok(None),
+            Err(e) if is_status(&e, &NO_REFERRERS) => Ok(None),
             Err(e) => Err(e),
         }
     }
 
     /// The entries of all pages of `what` there is of the repository of `reference`.
-    fn pages<P: DeserializeOwned, T>(
+    fn pages<T>(
         &self,
         reference: &Reference,
         what: &str,
         rest: &str,
         most: Most,
-        entries: impl Fn(P) -> Vec<T>,
+        entries: impl Fn(&[u8]) -> serde_json::Result<Vec<T>>,
     ) -> Result<Vec<T>> {
         let access = Access::pull(reference);
         let host = self.host(reference)?;
@@ -418,10 +438,15 @@ impl Client {
             let (page, next) = host.http.retried(Method::GET, &url, read).with_context(at)?;
             let rest = left.checked_sub(page.len() as u64);
             left = rest.with_context(|| format!("{}: more than {} bytes", at(), most.bytes))?;
-            all.extend(entries(serde_json::from_slice(&page).with_context(at)?));
+            all.extend(entries(&page).with_context(at)?);
             ensure!(all.len() <= most.entries, "{}: more than {}", at(), most.entries);
             let Some(next) = next else { return Ok(all) };
-            url = Url::parse(&url)?.join(&next).with_context(at)?.into();
+            let next = Url::parse(&url)?.join(&next).with_context(at)?.into();
+            // A page that is its own next one, as some registries have it, is the last.
+            if next == url {
+                return Ok(all);
+            }
+            url = next;
         }
         anyhow::bail!("{}: more than {MAX_PAGES} pages", at())
     }
@@ -631,7 +656,8 @@ fn token(
     struct Token {
         token: Option<String>,
         access_token: Option<String>,
-        expires_in: Option<u64>,
+        /// In seconds. Some say a negative number, and mean nothing by it.
+        expires_in: Option<i64>,
     }
     let realm = challenge.realm.as_deref().unwrap_or_default();
     let invalid = |why: &str| {
@@ -672,7 +698,8 @@ fn token(
     let token: Token = serde_json::from_slice(&answer.document(MAX_TOKEN)?)
         // Not the error itself, which may show a token.
         .map_err(|_| invalid("its answer is not a token"))?;
-    let lasts = token.expires_in.map_or(TOKEN_TIME, Duration::from_secs).saturating_sub(TOKEN_LEFT);
+    let lasts = token.expires_in.and_then(|s| u64::try_from(s).ok()).map_or(TOKEN_TIME, Duration::from_secs);
+    let lasts = lasts.saturating_sub(TOKEN_LEFT);
     let token = token.token.or(token.access_token).filter(|t| !t.is_empty());
     let token = token.ok_or_else(|| invalid("its answer has no token"))?;
     Ok(Authorization { header: format!("Bearer {token}"), until: Instant::now().checked_add(lasts) })
@@ -694,12 +721,34 @@ fn media_type(header: &str, bytes: &[u8]) -> MediaType {
     }
 }
 
-/// The URL of the next page: `<URL>; rel="next"`.
+/// The URL of the next page in a `Link` header, `<URL>; rel="next"`: any form of RFC 8288, and the URL without brackets that
+/// some registries write.
 fn next_page(link: &str) -> Option<&str> {
-    link.split(',').find_map(|link| {
-        let (url, rest) = link.trim().strip_prefix('<')?.split_once('>')?;
-        rest.replace('"', "").split(';').any(|p| p.trim() == "rel=next").then_some(url)
-    })
+    let mut rest = link.trim_start();
+    while !rest.is_empty() {
+        let (url, after) = match rest.strip_prefix('<') {
+            Some(inside) => inside.split_once('>')?,
+            None => rest.split_at(rest.find([';', ',']).unwrap_or(rest.len())),
+        };
+        // A comma ends the parameters, unless it is quoted.
+        let mut quoted = false;
+        let end = after.find(|c| {
+            quoted ^= c == '"';
+            c == ',' && !quoted
+        });
+        let (parameters, next) = after.split_at(end.unwrap_or(after.len()));
+        let is_next = |parameter: &str| {
+            let (name, value) = parameter.split_once('=').unwrap_or_default();
+            // One link may have several relations.
+            let mut relations = value.trim().trim_matches('"').split_ascii_whitespace();
+            name.trim().eq_ignore_ascii_case("rel") && relations.any(|r| r.eq_ignore_ascii_case("next"))
+        };
+        if parameters.split(';').any(is_next) {
+            return Some(url.trim());
+        }
+        rest = next.trim_start_matches(',').trim_start();
+    }
+    None
 }
 
 /// Adds the certificates in `dir`.
@@ -729,6 +778,10 @@ fn add_certificates(tls: &mut Tls, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// How registries answer that have no use for `Range`.
+const REFUSES_RANGES: [StatusCode; 3] =
+    [StatusCode::BAD_REQUEST, StatusCode::RANGE_NOT_SATISFIABLE, StatusCode::NOT_IMPLEMENTED];
+
 /// Reads a blob, or a part of one, and goes on where a connection broke.
 pub struct BlobReader {
     client: Client,
@@ -737,6 +790,10 @@ pub struct BlobReader {
     url: String,
     pos: u64,
     end: u64,
+    /// Whether `end` is the end of the blob.
+    whole: bool,
+    /// Whether parts may be asked for. Not when the registry has refused that.
+    ranges: bool,
     /// The digest so far, and the one that is expected.
     check: Option<(Hasher<io::Sink>, Digest)>,
     answer: Option<Answer>,
@@ -752,11 +809,12 @@ impl BlobReader {
     /// Asks for what is left.
     fn open(&mut self) -> Result<Answer, Failure> {
         // A whole blob is asked for as one, which registries may answer with a cached or redirected one.
-        let whole = self.pos == 0 && self.check.is_some();
-        let range = (!whole).then(|| (RANGE, format!("bytes={}-{}", self.pos, self.end.saturating_sub(1))));
-        let (host, access, url) = (&self.host, &self.access, &self.url);
-        let mut answer =
-            self.client.request(host, access, &Method::GET, url, &Vec::from_iter(range), &Payload::None)?;
+        let mut is_part = self.ranges && !(self.pos == 0 && self.whole);
+        let mut answer = self.ask(is_part)?;
+        if is_part && REFUSES_RANGES.contains(&answer.status()) {
+            (self.ranges, is_part) = (false, false);
+            answer = self.ask(is_part)?;
+        }
         match (answer.status(), answer.range().and_then(|r| r.start)) {
             (StatusCode::PARTIAL_CONTENT, Some(start)) if start == self.pos => self.skip = 0,
             (StatusCode::OK, _) => {
@@ -776,6 +834,13 @@ impl BlobReader {
             _ => return Err(answer.refused()),
         }
         Ok(answer)
+    }
+
+    /// Asks for what is left, or for the whole blob.
+    fn ask(&self, is_part: bool) -> Result<Answer, Failure> {
+        let range = is_part.then(|| (RANGE, format!("bytes={}-{}", self.pos, self.end.saturating_sub(1))));
+        let (host, access, url) = (&self.host, &self.access, &self.url);
+        self.client.request(host, access, &Method::GET, url, &Vec::from_iter(range), &Payload::None)
     }
 
     fn wrong(&self, why: String) -> Failure {
@@ -890,7 +955,18 @@ mod tests {
             Some("/v2/x/tags/list?last=b&n=2")
         );
         assert_eq!(next_page(r#"<a>; rel="prev", <b>; rel=next"#), Some("b"));
-        assert_eq!(next_page("nonsense"), None);
+        for link in [
+            r#"</a?x=1,2&n=3>; rel="next""#,
+            r#"</a?x=1,2&n=3>;Rel=next"#,
+            r#"</a?x=1,2&n=3> ; title="a, b"; REL = "prev NEXT""#,
+            r#"</b>; rel="last"; title="x, y", </a?x=1,2&n=3>; rel="next""#,
+        ] {
+            assert_eq!(next_page(link), Some("/a?x=1,2&n=3"), "{link}");
+        }
+        assert_eq!(next_page(r#"/a?n=3; rel="next""#), Some("/a?n=3"));
+        for link in ["nonsense", "", "<a", "<a>", "<a>; rel=prev", r#"<a>; title="rel=next""#, ",,;;="] {
+            assert_eq!(next_page(link), None, "{link}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The name of an image in a registry, in the short forms that docker and podman take too.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use oci_spec::distribution;
@@ -109,18 +110,40 @@ impl FromStr for Reference {
         if !name.is_ascii() {
             return Err(no("only ASCII is allowed"));
         }
+        // The crate does not know addresses of IPv6: another host stands in for one.
+        let ipv6 = name.starts_with('[').then(|| ipv6_host(name)).transpose().map_err(no)?;
+        let (named, name) = match ipv6 {
+            Some((host, rest)) => (Some(host), format!("{IPV6}{rest}")),
+            None => (None, name.to_owned()),
+        };
         let parsed = distribution::Reference::try_from(name).map_err(|e| no(&e.to_string()))?;
         let digest = parsed.digest().map(|digest| match digest.strip_prefix("sha256:") {
             Some(_) => digest.parse().map_err(|_| no("not a sha256 digest")),
             None => Err(no("only sha256 digests are supported")),
         });
         Ok(Self {
-            registry: parsed.registry().into(),
+            registry: named.map_or_else(|| parsed.registry().into(), Into::into),
             repository: parsed.repository().into(),
             tag: parsed.tag().map(Into::into),
             digest: digest.transpose()?,
         })
     }
+}
+
+/// Stands in for an address of IPv6 while the rest of a reference is read.
+const IPV6: &str = "ipv6.invalid";
+
+/// Cuts off the host of `[ADDRESS]:PORT/REPOSITORY`, the port where there is one. The rest begins with the slash.
+fn ipv6_host(name: &str) -> Result<(&str, &str), &'static str> {
+    let (host, rest) = name.split_at(name.find('/').ok_or("no repository")?);
+    let (address, port) = host.strip_prefix('[').and_then(|h| h.split_once(']')).ok_or("no IPv6 address")?;
+    address.parse::<Ipv6Addr>().map_err(|_| "no IPv6 address")?;
+    match port.strip_prefix(':') {
+        Some(port) => port.parse::<u16>().map(drop).map_err(|_| "no port")?,
+        None if port.is_empty() => {}
+        None => return Err("no port"),
+    }
+    Ok((host, rest))
 }
 
 #[cfg(test)]
@@ -138,6 +161,8 @@ mod tests {
             ("localhost/x", "localhost/x:latest"),
             ("localhost:5000/a/b/c:v1", "localhost:5000/a/b/c:v1"),
             ("host:80/x", "host:80/x:latest"),
+            ("[::1]:5000/a/b", "[::1]:5000/a/b:latest"),
+            ("docker://[fd00::1:2]/x:v1", "[fd00::1:2]/x:v1"),
             (&format!("ubuntu@sha256:{hex}"), &format!("docker.io/library/ubuntu@sha256:{hex}")),
             (&format!("h.io/x:1@sha256:{hex}"), &format!("h.io/x:1@sha256:{hex}")),
         ] {
@@ -154,7 +179,25 @@ mod tests {
 
     #[test]
     fn refused() {
-        for text in ["", "docker://", "UPPER", "a/../b", "a b", "x:", "x@sha256:12", "x:ü", "x/?y", "x#y"] {
+        for text in [
+            "",
+            "docker://",
+            "UPPER",
+            "a/../b",
+            "a b",
+            "x:",
+            "x@sha256:12",
+            "x:ü",
+            "x/?y",
+            "x#y",
+            "[::1]",
+            "[::1]:5000",
+            "[::1/x",
+            "[::g]/x",
+            "[::1]:p/x",
+            "[::1]x/y",
+            "[::1]/X",
+        ] {
             assert!(text.parse::<Reference>().is_err(), "{text}");
         }
         let e = format!("x@sha512:{}", "a".repeat(128)).parse::<Reference>().unwrap_err().to_string();

@@ -4,9 +4,8 @@ use std::io::{self, Read};
 
 use anyhow::{Context, Result, ensure};
 use bytes::{Buf, Bytes};
-use oci_spec::image::{Descriptor, MediaType};
+use oci_spec::image::Descriptor;
 use reqwest::{Method, StatusCode};
-use serde_json::json;
 
 use super::Transport;
 use crate::bounded::names;
@@ -54,7 +53,8 @@ impl Transport for Docker {
             return foreign(urls, offset).with_context(|| format!("foreign layer {}", blob.digest()));
         }
         // Not the blob as a whole, which would be hashed here and once more by those who read it.
-        Ok(Box::new(self.client.blob_range(&self.reference, digest, offset, len)?))
+        let range = offset..offset.saturating_add(len);
+        Ok(Box::new(self.client.blob_range(&self.reference, digest, range, blob.size())?))
     }
 
     fn tags(&self) -> Result<Vec<String>> {
@@ -71,14 +71,7 @@ impl Transport for Docker {
     }
 
     fn referrers(&self, digest: Digest) -> Result<Option<Manifest>> {
-        let Some(manifests) = self.client.referrers(&self.reference, digest)?.filter(|m| !m.is_empty())
-        else {
-            return Ok(None);
-        };
-        let media_type = MediaType::ImageIndex;
-        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
-        let bytes = serde_json::to_vec(&index)?;
-        Ok(Some(Manifest { digest: Digest::of(&bytes), media_type, bytes }))
+        super::referrers_index(&self.client.referrers(&self.reference, digest)?.unwrap_or_default())
     }
 
     fn reference(&self) -> Option<&Reference> {

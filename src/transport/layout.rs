@@ -1,15 +1,17 @@
 //! `oci:DIR[:TAG]` and `oci-archive:FILE[:TAG]`: OCI image layouts. `oci/layout.rs` writes them.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex};
+use oci_spec::image::{ANNOTATION_REF_NAME, Descriptor, ImageIndex, MediaType};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::files::Files;
-use super::{MAX_DOCUMENT, Manifest, Transport, belongs, signature_file};
+use super::{MAX_DOCUMENT, Manifest, Totals, Transport, belongs, signature_file};
 use crate::bounded::names;
 use crate::digest::Digest;
 use crate::openpgp::MAX_SIGNATURE;
@@ -44,6 +46,18 @@ pub(super) struct Layout {
     files: Arc<Files>,
     /// Which one, where several are.
     tag: Option<String>,
+    /// By the digest of an image: the manifests of the index that refer to it. Read when they are needed.
+    referrers: Arc<OnceLock<HashMap<Digest, Vec<Descriptor>>>>,
+}
+
+/// A manifest, as far as it refers to another.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Referrer {
+    subject: Option<Descriptor>,
+    artifact_type: Option<MediaType>,
+    config: Option<Descriptor>,
+    annotations: Option<HashMap<String, String>>,
 }
 
 impl Layout {
@@ -61,7 +75,7 @@ impl Layout {
         let version =
             serde_json::from_slice(&files.read(LAYOUT, MAX_DOCUMENT).context("not an OCI image layout")?);
         check_version(&version.context(LAYOUT)?)?;
-        Ok(Self { files: Arc::new(files), tag: tag.map(Into::into) })
+        Ok(Self { files: Arc::new(files), tag: tag.map(Into::into), referrers: Arc::default() })
     }
 }
 
@@ -79,6 +93,29 @@ impl Layout {
     fn index(&self) -> Result<ImageIndex> {
         parse_index(&self.files.read(INDEX, MAX_DOCUMENT)?).context(INDEX)
     }
+
+    /// The manifests without a tag that have a `subject`, as oras and zot write them.
+    fn all_referrers(&self) -> Result<&HashMap<Digest, Vec<Descriptor>>> {
+        if let Some(known) = self.referrers.get() {
+            return Ok(known);
+        }
+        let mut found: HashMap<_, Vec<_>> = HashMap::new();
+        let mut totals = Totals::default();
+        let index = self.index()?;
+        for entry in index.manifests().iter().filter(|entry| name(entry).is_none()) {
+            let document = super::checked(self, entry)?;
+            totals.add(&document)?;
+            // What is something else refers to nothing.
+            let Ok(referrer) = serde_json::from_slice::<Referrer>(&document.bytes) else { continue };
+            let Some(subject) = referrer.subject else { continue };
+            let mut entry = entry.clone();
+            let kind = referrer.artifact_type.or_else(|| Some(referrer.config?.media_type().clone()));
+            entry.set_artifact_type(kind);
+            entry.set_annotations(referrer.annotations);
+            found.entry(subject.digest().to_string().parse()?).or_default().push(entry);
+        }
+        Ok(self.referrers.get_or_init(|| found))
+    }
 }
 
 impl Transport for Layout {
@@ -87,6 +124,15 @@ impl Transport for Layout {
         // Signatures are not what is meant, unless they are named.
         let mut images = index.manifests().clone();
         images.retain(|image| self.tag.is_some() || !name(image).is_some_and(|tag| belongs(&tag)));
+        // Nor is what refers to an image.
+        if self.tag.is_none()
+            && images.len() > 1
+            && let Ok(referrers) = self.all_referrers()
+        {
+            let refers =
+                |image: &Descriptor| referrers.values().flatten().any(|r| r.digest() == image.digest());
+            images.retain(|image| !refers(image));
+        }
         let named = |tag: &str| images.iter().find(|image| name(image).as_deref() == Some(tag));
         let found = match &self.tag {
             Some(tag) => named(tag).with_context(|| format!("no image {tag:?}")),
@@ -109,8 +155,12 @@ impl Transport for Layout {
 
     fn tagged(&self, tag: &str) -> Result<Option<Box<dyn Transport>>> {
         let there = self.index()?.manifests().iter().any(|image| name(image).as_deref() == Some(tag));
-        let image = || Box::new(Self { files: Arc::clone(&self.files), tag: Some(tag.into()) }) as _;
-        Ok(there.then(image))
+        let (files, referrers) = (Arc::clone(&self.files), Arc::clone(&self.referrers));
+        Ok(there.then(|| Box::new(Self { files, tag: Some(tag.into()), referrers }) as _))
+    }
+
+    fn referrers(&self, digest: Digest) -> Result<Option<Manifest>> {
+        super::referrers_index(self.all_referrers()?.get(&digest).map_or(&[][..], Vec::as_slice))
     }
 
     fn signature(&self, digest: Digest, number: usize) -> Result<Option<Vec<u8>>> {

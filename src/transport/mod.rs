@@ -20,6 +20,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::image::{Descriptor, ImageManifest, MediaType};
+use serde_json::json;
 
 use crate::bounded::shown;
 use crate::digest::Digest;
@@ -139,6 +140,17 @@ pub fn image(transport: &dyn Transport, wanted: &Platform) -> Result<Image> {
         document = checked(transport, wanted.pick(&index)?)?;
     }
     bail!("indexes nested more than {MAX_NESTED} deep")
+}
+
+/// The index of what refers to an image, as registries answer; none of nothing.
+fn referrers_index(manifests: &[Descriptor]) -> Result<Option<Manifest>> {
+    if manifests.is_empty() {
+        return Ok(None);
+    }
+    let media_type = MediaType::ImageIndex;
+    let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+    let bytes = serde_json::to_vec(&index)?;
+    Ok(Some(Manifest { digest: Digest::of(&bytes), media_type, bytes }))
 }
 
 /// Reads a manifest that `descriptor` names, and checks that it is that one.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rehydrator::digest::Digest;
 
 use crate::pull::layers::{Layer, Tar, assert_same, gzip, layout, pull, tree};
-use crate::tools::example::{fails, ok};
+use crate::tools::example::{fails, ok, tool};
 
 /// Where a hostile image is unpacked, with something beside it that is worth attacking.
 struct Arena {
@@ -398,6 +398,51 @@ fn sizes_and_damage_end_in_errors() {
     ];
     for (name, layers, expected) in cases {
         arena.pull(name, layers, &expected);
+    }
+}
+
+/// What was a file in a lower layer is a directory where a layer has something below it, as on overlayfs.
+#[test]
+fn a_file_below_what_was_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let below = |tar: Tar| tar.file("a/b/c", "new");
+    let name = layout(
+        &dir.path().join("two"),
+        &two(Tar::default().file("a", "file").file("kept", "k"), below(Tar::default())),
+    );
+    let out = dir.path().join("out");
+    ok(&mut pull(&name, &out));
+    assert_eq!(fs::read_to_string(out.join("a/b/c")).unwrap(), "new");
+    assert_eq!(fs::read_to_string(out.join("kept")).unwrap(), "k");
+    // In one layer it is a mistake.
+    let name = layout(&dir.path().join("one"), &one(below(Tar::default().file("a", "file"))));
+    let said = fails(&mut pull(&name, &dir.path().join("no")));
+    assert!(said.contains("Not a directory"), "{said}");
+}
+
+/// Go before 1.8 used the prefix of ustar in headers of GNU's format; umoci, which is written in Go, judges.
+#[test]
+fn headers_of_old_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let prefix = "p".repeat(93);
+    let old = Tar::default().file("foo", "").with(|header| {
+        header[108..116].copy_from_slice(b"\x80\0\0\0\0\x20\0\0");
+        header[345..345 + 93].copy_from_slice(prefix.as_bytes());
+    });
+    // Times of access and change, as GNU tar writes them, are no prefix.
+    let new =
+        old.file("bar", "").with(|header| header[345..369].copy_from_slice(b"14000000000\x0014000000000\0"));
+    let name = layout(&dir.path().join("img"), &one(new));
+    let out = dir.path().join("out");
+    ok(&mut pull(&name, &out));
+    let bundle = dir.path().join("bundle");
+    ok(tool("umoci")
+        .args(["unpack", "--image"])
+        .arg(format!("{}:latest", dir.path().join("img").display()))
+        .arg(&bundle));
+    for root in [out, bundle.join("rootfs")] {
+        assert!(root.join(&prefix).join("foo").is_file(), "{}", root.display());
+        assert!(root.join("bar").is_file(), "{}", root.display());
     }
 }
 

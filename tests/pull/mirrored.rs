@@ -66,6 +66,44 @@ fn with_platforms(dir: &Path, platforms: &[Value]) {
         .unwrap();
 }
 
+/// What refers to an image of a layout, as oras and zot write it: a manifest without a tag.
+#[test]
+fn referrers_of_a_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = image(dir.path(), "here", 8);
+    let root = dir.path().join("here");
+    let mut index: Value = serde_json::from_slice(&fs::read(root.join("index.json")).unwrap()).unwrap();
+    let blob = |bytes: &[u8], media_type: &str| {
+        let digest = Digest::of(bytes);
+        fs::write(root.join("blobs/sha256").join(digest.to_string()), bytes).unwrap();
+        json!({ "mediaType": media_type, "digest": digest.oci(), "size": bytes.len() })
+    };
+    let empty = blob(b"{}", "application/vnd.oci.empty.v1+json");
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let mut subject = index["manifests"][0].clone();
+    subject.as_object_mut().unwrap().remove("annotations");
+    let referrer = json!({ "schemaVersion": 2, "mediaType": kind, "artifactType": "application/vnd.example.sbom",
+        "config": empty, "layers": [empty], "subject": subject });
+    let entry = blob(referrer.to_string().as_bytes(), kind);
+    index["manifests"].as_array_mut().unwrap().push(entry.clone());
+    fs::write(root.join("index.json"), index.to_string()).unwrap();
+
+    // It is not taken for another image, and goes along when asked for, into a layout and into a registry.
+    let registry = Registry::plain(dir.path());
+    let to = dir.path().join("there");
+    for to in [format!("oci:{}", to.display()), format!("{}/x:1", registry.address)] {
+        ok(&mut mirror(&["image", &here, &to, "--referrers"]));
+    }
+    let copied =
+        to.join("blobs/sha256").join(entry["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+    assert_eq!(fs::read(copied).unwrap(), referrer.to_string().as_bytes());
+    let tag = subject["digest"].as_str().unwrap().replace(':', "-");
+    let list: Value =
+        serde_json::from_slice(&raw(&format!("docker://{}/x:{tag}", registry.address))).unwrap();
+    assert_eq!(list["manifests"][0]["digest"], entry["digest"]);
+    assert_eq!(list["manifests"][0]["artifactType"], "application/vnd.example.sbom");
+}
+
 /// Indexes that say less of their images than they could: skopeo takes an image out of each.
 #[test]
 fn platforms_that_say_little() {

@@ -83,7 +83,7 @@ fn with_tls_and_a_password() {
 
     let (digest, size) = (Digest::of(&layer), layer.len() as u64);
     assert!(read(client.blob(&copy, digest, size).unwrap()).unwrap() == layer);
-    let range = client.blob_range(&copy, digest, 1_000_000, 4321).unwrap();
+    let range = client.blob_range(&copy, digest, 1_000_000..1_004_321, size).unwrap();
     assert!(read(range).unwrap() == layer[1_000_000..][..4321]);
     assert!(client.has_blob(&copy, digest).unwrap());
     let none = Digest::of(b"none");
@@ -159,6 +159,59 @@ fn all_pages_of_tags() {
     });
     let name: Reference = format!("{}/x/y", server.address).parse().unwrap();
     assert_eq!(Client::new(insecure()).tags(&name).unwrap(), ["a", "b", "c"]);
+}
+
+/// Registries that refuse `Range`, and what they are not asked for.
+#[test]
+fn ranges_that_are_refused() {
+    let blob = noise(3, 300_000);
+    let (digest, size) = (Digest::of(&blob), blob.len() as u64);
+    for status in [400, 416, 501] {
+        let content = blob.clone();
+        let server = Server::start(move |request| match request.header("range") {
+            Some(_) => Reply::new(status, ""),
+            None => Reply::new(200, content.clone()),
+        });
+        let name: Reference = format!("{}/x", server.address).parse().unwrap();
+        let client = Client::new(insecure());
+        let part = client.blob_range(&name, digest, 100_000..200_000, size).unwrap();
+        assert!(read(part).unwrap() == blob[100_000..200_000], "{status}");
+        // All of it is no range.
+        assert!(read(client.blob_range(&name, digest, 0..size, size).unwrap()).unwrap() == blob);
+        let log = server.log();
+        let ranges: Vec<_> = log.iter().filter(|r| r.path != "/v2/").map(|r| r.header("range")).collect();
+        assert_eq!(ranges, [Some("bytes=100000-199999"), None, None]);
+    }
+}
+
+/// Answers of registries that keep no track of referrers, and pages of tags that lead to themselves.
+#[test]
+fn registries_as_they_are() {
+    let digest = Digest::of(b"image");
+    for (status, body) in [
+        (400, ""),
+        (404, "404 page not found"),
+        (405, ""),
+        (406, ""),
+        (200, "<!DOCTYPE html><html>hello</html>"),
+        (200, "null"),
+        (200, r#"{"schemaVersion":2,"manifests":null}"#),
+    ] {
+        let server = Server::start(move |request| match request.path.ends_with("/tags/list?n=1000") {
+            true => {
+                Reply::new(200, r#"{"tags":["a","b"]}"#).header("Link", "</v2/x/tags/list?n=1000>; rel=next")
+            }
+            false => Reply::new(status, body),
+        });
+        let name: Reference = format!("{}/x", server.address).parse().unwrap();
+        let client = Client::new(insecure());
+        let found = client.referrers(&name, digest).unwrap_or_else(|e| panic!("{status} {body}: {e:#}"));
+        assert!(found.unwrap_or_default().is_empty(), "{status} {body}");
+        assert_eq!(client.tags(&name).unwrap(), ["a", "b"]);
+    }
+    let server = Server::start(|_| Reply::new(500, ""));
+    let name: Reference = format!("{}/x", server.address).parse().unwrap();
+    assert!(Client::new(insecure()).referrers(&name, digest).is_err());
 }
 
 /// A registry that wants tokens: the one that gives them is at the same address.

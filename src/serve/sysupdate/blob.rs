@@ -47,7 +47,7 @@ pub(super) async fn answer(
         let _place = place;
         let open = || match (start, end) {
             (0, end) if end == size => client.blob(&repository, digest, size),
-            _ => client.blob_range(&repository, digest, start, end - start),
+            _ => client.blob_range(&repository, digest, start..end, size),
         };
         if let Err(e) = open().and_then(|mut reader| feed(&mut reader, &to)) {
             tracing::error!("{}@{}: {e:#}", repository.name(), digest.oci());
