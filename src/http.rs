@@ -44,8 +44,8 @@ const WORTHWHILE: u64 = 1 << 20;
 /// never ends.
 const LOWEST_RATE: u64 = 1000;
 
-/// How long a body may come at less than 1000 bytes a second.
-pub const SLOW_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a body may come at less than [`LOWEST_RATE`].
+const SLOW_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The longest file that is downloaded, in bytes. Published files have a few GB; object stores take no more than 5 TB.
 pub const MAX_FILE: u64 = 64 << 30;
