@@ -153,6 +153,10 @@ enum Link {
 impl Link {
     /// A link in the index at `base`, relative or absolute.
     fn parse(link: &str, base: &Url) -> std::result::Result<Self, &'static str> {
+        // The parser of URLs leaves them out.
+        if link.contains(char::is_control) {
+            return Err("is no name of a file");
+        }
         let url = base.join(link).map_err(|_| "is no link")?;
         if url.origin() != base.origin() {
             return Err("leads to another server");
@@ -250,6 +254,8 @@ mod tests {
             ".a",
             "javascript:x",
             "data:,x",
+            "\u{1b}a",
+            "a\nb",
         ] {
             let html = format!(r#"<a href="{link}">x</a>"#);
             assert_eq!(read("/stable/1.0/", &html), (names(&[]), names(&[]), names(&[link])), "{link}");

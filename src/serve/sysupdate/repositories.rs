@@ -3,6 +3,7 @@
 //! What is remembered is bounded, in number and in memory together. A repository that does not exist goes first, then the one
 //! that has been asked for least recently. To forget one costs the registry requests, and nothing else.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -95,7 +96,7 @@ impl Repositories {
         while taken(&all) > MAX_MEMORY && forget_one(&mut all) {}
     }
 
-    /// Another repository with this key whose files may have the same names.
+    /// Another repository with this key whose files may have the same names; of several the one whose name is most alike.
     pub(super) fn confusable(&self, repository: &Repository) -> Option<Arc<Repository>> {
         let begins = |long: &str, short: &str| {
             long.strip_prefix(short).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '_']))
@@ -107,7 +108,8 @@ impl Repositories {
                 && other.reference != repository.reference
                 && (begins(other.last(), repository.last()) || begins(repository.last(), other.last()))
         };
-        all.values().find(is_like).cloned()
+        let alike = |other: &&Arc<Repository>| (other.last().len(), Reverse(other.reference.name()));
+        all.values().filter(is_like).max_by_key(alike).cloned()
     }
 }
 
