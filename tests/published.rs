@@ -355,7 +355,7 @@ fn published_from_end_to_end() {
     assert_eq!(said.matches("prove as published: done").count(), 3, "{said}");
 }
 
-/// What makes the first 32 MiB of a stream is believed to make the rest, until the proof says otherwise. That disk is the base
+/// An encoder that makes the first 16 MiB of a stream is believed to make the rest, until the proof says otherwise. That disk is the base
 /// here, so that another is made of what was found in it the second time.
 #[test]
 fn a_beginning_that_deceives() {

@@ -10,6 +10,7 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use url::Url;
 
+use crate::bounded::AtMost;
 use crate::catalog::check_file_name;
 
 /// The longest index that is read, in bytes. That of a Flatcar release has some 100 KB.
@@ -46,7 +47,7 @@ impl Index {
         let start = document.trim_ascii_start();
         if start.starts_with(b"[") {
             index.json(start)?;
-        } else if start.starts_with(b"<?xml") && find(&start[..start.len().min(1024)], b"<ListBucketResult") {
+        } else if find(&start[..start.len().min(1024)], b"<ListBucketResult") {
             index.s3(start, base)?;
         } else {
             index.html(document, base)?;
@@ -78,9 +79,9 @@ impl Index {
     }
 
     fn json(&mut self, json: &[u8]) -> Result<()> {
-        let entries: Vec<Entry> = serde_json::from_slice(json).context("not an index in JSON")?;
-        ensure!(entries.len() <= MAX_LINKS, "an index of more than {MAX_LINKS} entries");
-        for Entry { name, kind, is_dir } in entries {
+        let entries: AtMost<Entry, MAX_LINKS> =
+            serde_json::from_slice(json).context("not an index in JSON")?;
+        for Entry { name, kind, is_dir } in entries.0 {
             let plain = name.strip_suffix('/').unwrap_or(&name);
             let dir = is_dir || kind.as_deref() == Some("directory");
             self.add(&name, Link::of_name(plain, dir));
@@ -269,6 +270,9 @@ mod tests {
         let caddy = r#"[{"name":"1.0/","size":4096,"url":"./1.0/","is_dir":true},{"name":"a.bin","size":5,"url":"./a.bin","is_dir":false}]"#;
         assert_eq!(read("/x/", caddy), (names(&["a.bin"]), names(&["1.0"]), names(&[])));
         assert_eq!(read("/x/", r#"[{"name":"../a"},{"name":""}]"#).2, names(&["../a", ""]));
+        let long = format!("[{}]", vec![r#"{"name":"a"}"#; MAX_LINKS + 1].join(","));
+        let e = Index::parse(long.as_bytes(), &Url::parse("https://m.example/").unwrap()).unwrap_err();
+        assert!(format!("{e:#}").contains("a list of more than 20000 entries"), "{e:#}");
     }
 
     #[test]

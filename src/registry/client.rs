@@ -432,7 +432,9 @@ impl Client {
                 if answer.status() != StatusCode::OK {
                     return Err(answer.refused());
                 }
-                let next = answer.header(LINK).and_then(next_page).map(str::to_owned);
+                // There may be several of these headers.
+                let mut links = answer.headers().get_all(LINK).iter().filter_map(|link| link.to_str().ok());
+                let next = links.find_map(next_page).map(str::to_owned);
                 Ok((answer.document(MAX_PAGE)?, next))
             };
             let (page, next) = host.http.retried(Method::GET, &url, read).with_context(at)?;

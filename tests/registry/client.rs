@@ -153,6 +153,7 @@ fn all_pages_of_tags() {
     // A registry that gives less than is asked for.
     let server = Server::start(|request| match request.path.as_str() {
         "/v2/x/y/tags/list?n=1000" => Reply::new(200, r#"{"name":"x/y","tags":["a","b"]}"#)
+            .header("Link", r#"</v2/x/y/tags/list>; rel="first""#)
             .header("Link", r#"</v2/x/y/tags/list?last=b&n=2>; rel="next""#),
         "/v2/x/y/tags/list?last=b&n=2" => Reply::new(200, r#"{"name":"x/y","tags":["c"]}"#),
         _ => Reply::new(404, ""),
